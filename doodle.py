@@ -1,0 +1,1251 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = "==3.11.*"
+# dependencies = [
+#   "Theano==1.0.5",
+#   "Lasagne==0.1",
+#   "numpy==1.26.4",
+#   "scipy==1.16.3",
+#   "Pillow==13.0.0",
+#   "h5py==3.16.0",
+#   "tqdm==4.70.1",
+#   "scipy-openblas32==0.3.34.0.0",
+#   "six==1.17.0",
+#   "setuptools==65.5.0",
+# ]
+# ///
+"""Neural Doodle: paint one picture with the patches of another, eyes from eyes and skin from skin.
+
+The file reads the way the data flows:
+options -> images and maps -> devices -> network -> matching -> losses -> optimisation -> files.
+
+Names kept to everywhere:
+
+    x       the image being painted, (3, H, W), blue green red, 0..255
+    f, g    features of the image and of the style picture at one layer, (H, W, C) and (h, w, C)
+    m, n    maps of the image and of the style picture at that layer, (H, W, K) and (h, w, K)
+    u, v    what is matched: features and maps, each of length one at every pixel
+    i, j    numbers of 3x3 patches, row by row, of the image and of the style picture
+    S       S(i, j), how well patch i of the image fits patch j of the style picture
+    w       semantic weight, of the maps against the features
+
+Papers:
+
+    [SZ14]  Simonyan, Zisserman: Very Deep Convolutional Networks. arXiv 1409.1556
+    [LW16]  Li, Wand: Combining Markov Random Fields and Convolutional Neural Networks. arXiv 1601.04589
+    [C16]   Champandard: Semantic Style Transfer and Turning Two-Bit Doodles into Fine Artworks. arXiv 1603.01768
+    [MV15]  Mahendran, Vedaldi: Understanding Deep Image Representations. arXiv 1412.0035
+    [BLNZ95] Byrd, Lu, Nocedal, Zhu: A Limited Memory Algorithm for Bound Constrained Optimization
+"""
+import argparse
+import bz2
+import hashlib
+import importlib
+import json
+import logging
+import math
+import os
+import pickle
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import types
+import warnings
+from collections import namedtuple
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+SAMPLE = 'python3 doodle.py --style samples/astronaut.png --content samples/hopper.png --output swap.png'
+
+
+class UserError(Exception):
+    """What the person at the keyboard can mend: ``UserError(problem, fix)``, each one line of plain words."""
+
+
+def natural(text):
+    """A whole number from 1 on."""
+    return whole(text, least=1)
+
+
+def whole(text, least=0):
+    """A whole number from `least` on."""
+    if not re.fullmatch(r'\d{1,9}', text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from {least} on')
+    return int(text)
+
+
+def weight(text):
+    """A finite number, zero or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 on')
+    return value
+
+
+def layers(text):
+    """Names of VGG layers, ``'3_1,4_1'`` -> ``['3_1', '4_1']``."""
+    names = text.split(',')
+    for name in names:
+        if name not in layer_names('vgg19'):
+            raise argparse.ArgumentTypeError(f'{name!r} is no layer of the network: 1_1 .. 5_4, with commas between')
+    return sorted(set(names), key=names.index)
+
+
+def size(text):
+    """``'WIDTHxHEIGHT'`` -> (width, height)."""
+    match = re.fullmatch(r'([1-9]\d{0,5})x([1-9]\d{0,5})', text)
+    if not match:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a size like 640x480')
+    return tuple(map(int, match.groups()))
+
+
+def colours(text):
+    """``'16:240'`` -> (16.0, 240.0), within 0..255."""
+    try:
+        low, high = map(float, text.split(':'))
+    except ValueError:
+        low, high = math.nan, math.nan
+    if not 0 <= low <= high <= 255:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a range of colours like 16:240, within 0..255')
+    return low, high
+
+
+def device(text):
+    """``cpu``, ``gpuN``, or Theano's own ``cudaN`` and ``openclN:M``; ``gpuN`` means Theano's ``cudaN``."""
+    if not re.fullmatch(r'cpu|(gpu|cuda)\d*|opencl\d+:\d+', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is no device: cpu, gpu0, gpu1, .., cuda0, .., opencl0:0')
+    return re.sub(r'^gpu', 'cuda', text)
+
+
+OPTIONS = {
+    'pictures': (
+        # option            type     default       value     meaning
+        ('--style',           str,     None,         'PATH',   'style picture, whose patches are used (needed)'),
+        ('--content',         str,     None,         'PATH',   'content picture, which is painted anew'),
+        ('--output',          str,     'output.png', 'PATH',   'the result; without --content, its map is the doodle'),
+        ('--output-size',     size,    None,         'WxH',    'width and height for texture synthesis'),
+        ('--max-size',        natural, None,         'N',      'shrink pictures whose long side is larger, maps with them'),
+        ('--semantic-ext',    str,     '_sem.png',   'EXT',    'the map of dir/name.jpg is dir/name + this'),
+        ('--seed',            str,     'noise',      'SEED',   'start from noise, content, or the picture at a path'),
+        ('--seed-range',      colours, '16:240',     'LO:HI',  'range of the colours of noise'),
+        ('--random-seed',     whole,   None,         'N',      'makes a run repeatable; drawn and printed when not given'),
+    ),
+    'losses': (
+        ('--content-weight',  weight,  '10.0',       'X',      'weight of the content loss'),
+        ('--content-layers',  layers,  '4_2',        'LAYERS', 'layers of the content loss'),
+        ('--style-weight',    weight,  '25.0',       'X',      'weight of the style loss'),
+        ('--style-layers',    layers,  '3_1,4_1',    'LAYERS', 'layers whose patches are matched'),
+        ('--smoothness',      weight,  '1.0',        'X',      'weight of the smoothness prior'),
+    ),
+    'matching': (
+        ('--semantic-weight', weight,  '10.0',       'X',      'weight of the maps against the features; 0: no maps'),
+        ('--variety',         weight,  '0.0',        'X',      'bias toward style patches that are used little'),
+        ('--slices',          natural, '2',          'N',      'match the style patches in this many batches (memory)'),
+        ('--cache',           whole,   '0',          '0|1',    '1: find the matches once a phase only'),
+    ),
+    'optimisation': (
+        ('--phases',          natural, '3',          'N',      'number of scales, each twice the one before'),
+        ('--iterations',      natural, '100',        'N',      'evaluations of the loss in each phase'),
+    ),
+    'machine and files': (
+        ('--device',          device,  'cpu',        'DEVICE', 'cpu, gpu0, gpu1, ..; also cuda0, opencl0:0'),
+        ('--weights',         str,     None,         'PATH',   'the network: vgg19_conv.pkl.bz2, a Keras .h5, or .npz'),
+        ('--print-every',     whole,   '10',         'N',      'print a line every N evaluations; 0: never'),
+        ('--save-every',      whole,   '10',         'N',      'write a frame every N evaluations; 0: never'),
+        ('--frames',          str,     'frames',     'DIR',    'folder of the frames'),
+        ('--log',             str,     None,         'PATH',   'write every evaluation as a line of JSON'),
+    ),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors in the program's own form."""
+
+    def error(self, message):
+        raise UserError(message, 'see doodle.py --help')
+
+
+def parse_options(arguments):
+    """The options of a run.
+
+    Parameters
+    ----------
+    arguments : list of str
+        The command line without the program's name.
+
+    Returns
+    -------
+    argparse.Namespace
+        One attribute for each row of `OPTIONS`.
+
+    Raises
+    ------
+    UserError
+        A value is not of its kind, or the style picture is missing.
+    """
+    parser = Parser(prog='doodle.py', description='Paint one picture with the patches of another.',
+                    epilog=f'A first run: {SAMPLE}')
+    for title, rows in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for flag, kind, default, value, meaning in rows:
+            group.add_argument(flag, type=kind, default=default, metavar=value,
+                               help=meaning + (f' (default: {default})' if default else ''))
+    options = parser.parse_args(arguments)
+    if not options.style:
+        raise UserError('No style picture was given.', f'add --style PATH; to see one at work: {SAMPLE}')
+    return options
+
+
+def say(text=''):
+    """A line for the person watching; on a terminal ``*bold*`` is bold, unless NO_COLOR is set."""
+    bold = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
+    print(re.sub(r'\*(.+?)\*', '\033[1m\\1\033[0m' if bold else r'\1', text), flush=True)
+
+
+# ---- images and maps -------------------------------------------------------------------------------------------------
+
+# The program's inputs, read and checked: pictures are (H, W, 3) uint8 RGB, maps (H, W, K) uint8, or None.
+Inputs = namedtuple('Inputs', 'content content_map style style_map seed size')
+
+
+def import_pillow():
+    """NumPy and Pillow, once the options are known to be right: ``--help`` answers without them."""
+    global np, Image, ImageOps
+    try:
+        import numpy as np
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise UserError(f'{error}.', 'install the packages: pip install -r requirements.txt') from None
+    warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # twice that size is still refused
+
+
+def map_path(path, extension):
+    """``dir/name.jpg`` -> ``dir/name_sem.png``."""
+    return os.path.splitext(path)[0] + extension
+
+
+def read_picture(path):
+    """A picture or map of any common mode as its colours, turned upright by its EXIF orientation.
+
+    Parameters
+    ----------
+    path : str
+        1, L, P, RGB and CMYK with or without alpha (which is dropped), 16 bits (scaled by 1/257, Pillow would clip).
+
+    Returns
+    -------
+    (H, W, 3) uint8 array
+        RGB.
+
+    Raises
+    ------
+    UserError
+        There is no such file, or it is no picture.
+    """
+    if not os.path.isfile(path):
+        name = os.path.basename(path)
+        fix = f'check the path; to see a sample at work: {SAMPLE}'
+        if name.startswith(('gollum', 'jim_carrey')):
+            fix = f'the pictures of the post are yours to bring; to see a sample at work: {SAMPLE}'
+        raise UserError(f'{path!r} is ' + ('not a file.' if os.path.exists(path) else 'not there.'), fix)
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode[0] in 'IF':  # 16 bits, as I;16 or widened to I; F has no common range
+                grey = np.asarray(picture, dtype=np.float64)
+                grey = grey / 257 if grey.max() > 255 else grey
+                return np.repeat(np.uint8(np.clip(grey + .5, 0, 255))[:, :, None], 3, axis=2)
+            return np.asarray(picture.convert('RGB'))
+    except Exception as error:  # Pillow's plugins raise whatever broken files make them raise
+        reason = str(error).split('\n')[0] or type(error).__name__
+        raise UserError(f'{path!r} cannot be read as a picture: {reason}', 'open it and save it again as PNG') from None
+
+
+def resized(pixels, size, method):
+    """`pixels` (H, W, K), uint8 or float, resampled channel by channel to `size` = (width, height)."""
+    if pixels.shape[1::-1] == tuple(size):
+        return pixels
+    planes = [Image.fromarray(plane).resize(size, method, reducing_gap=None) for plane in np.moveaxis(pixels, 2, 0)]
+    return np.stack([np.asarray(plane) for plane in planes], axis=2)
+
+
+def limited(pixels, longest, method):
+    """`pixels` (H, W, 3), shrunk where their long side is more than `longest` (or None)."""
+    height, width = pixels.shape[:2]
+    shrink = min(1, (longest or math.inf) / max(height, width))
+    return resized(pixels, (max(1, round(width * shrink)), max(1, round(height * shrink))), method)
+
+
+def read_map(path, picture_path, picture):
+    """The map at `path` as (H, W, 3) uint8, at the size of its `picture`.
+
+    A map that was painted on a smaller or larger copy is resampled; by the nearest pixel, so that its colours stay
+    those that were painted.
+    """
+    colours = read_picture(path)
+    (height, width), (rows, columns) = colours.shape[:2], picture.shape[:2]
+    if abs(height * columns - width * rows) > max(height, width, rows, columns):
+        raise UserError(f'{path!r} is {width}x{height} but its picture {picture_path!r} is {columns}x{rows}.',
+                        'paint the map on a copy of the picture')
+    return resized(colours, (columns, rows), Image.NEAREST)
+
+
+def map_classes(maps):
+    """The colours that mean something: each covers at least 0.1 % of one of the maps.
+
+    Parameters
+    ----------
+    maps : list of (H, W, 3) uint8 arrays
+
+    Returns
+    -------
+    (classes, 3) uint8 array
+    """
+    classes = []
+    for colours in maps:
+        unique, counts = np.unique(colours.reshape(-1, 3), axis=0, return_counts=True)
+        classes.append(unique[counts >= 0.001 * counts.sum()])
+    return np.unique(np.concatenate(classes), axis=0)
+
+
+def map_channels(maps):
+    """Both maps as channels whose cosine tells one class from another.
+
+    The colours themselves serve where no class is black and no two classes have a cosine above 0.99 (scaled colours
+    are one class to a cosine, and so are all greys). Otherwise each class becomes a channel of its own, and a pixel of
+    any other colour goes to its nearest class.
+
+    Parameters
+    ----------
+    maps : list of (H, W, 3) uint8 arrays
+
+    Returns
+    -------
+    channels : list of (H, W, K) uint8 arrays
+    remark : str or None
+        Says so when the classes became channels.
+    """
+    classes = map_classes(maps).astype(np.float64)                                          # (K, 3)
+    length = np.linalg.norm(classes, axis=1)
+    if length.all():
+        cosines = classes @ classes.T / np.outer(length, length)                            # (K, K)
+        if (cosines[~np.eye(len(classes), dtype=bool)] <= 0.99).all():
+            return maps, None
+    channels = []
+    for colours in maps:
+        unique, index = np.unique(colours.reshape(-1, 3), axis=0, return_inverse=True)      # (U, 3), (H W,)
+        nearest = np.array([((classes - colour) ** 2).sum(axis=1).argmin() for colour in unique])
+        one_hot = np.eye(len(classes), dtype=np.uint8)[nearest[index]] * np.uint8(255)      # (H W, K)
+        channels.append(one_hot.reshape(colours.shape[:2] + (-1,)))
+    return channels, f'{len(classes)} map colours, some black or shades of each other: each is a class of its own.'
+
+
+def pooled_map(channels, size, layer):
+    """A map as a layer of the network sees it: at the phase's size, averaged over 1, 2, 4, 8 or 16 pixels.
+
+    Parameters
+    ----------
+    channels : (H, W, K) array
+    size : (width, height) of the phase
+    layer : str
+        ``'3_1'`` averages over 4x4 pixels; a remainder is dropped, as by the network's pooling.
+
+    Returns
+    -------
+    (H', W', K) float32 array
+    """
+    scaled = resized(channels.astype(np.float32), size, Image.BOX)
+    k = 2 ** (int(layer[0]) - 1)
+    height, width = scaled.shape[0] // k, scaled.shape[1] // k
+    return scaled[:height * k, :width * k].reshape(height, k, width, k, -1).mean(axis=(1, 3))
+
+
+def phase_size(size, phase, phases):
+    """(width, height) in a phase: each has twice the scale of the one before, and the last is at scale 1."""
+    scale = 1 / 2 ** (phases - 1 - phase)
+    return int(size[0] * scale), int(size[1] * scale)
+
+
+def read_inputs(options):
+    """Read and check all that a run needs, before anything slow begins.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+
+    Returns
+    -------
+    inputs : Inputs
+    remarks : list of str
+        What was loaded, a line each.
+
+    Raises
+    ------
+    UserError
+        Whatever is missing, broken, or does not fit together.
+    """
+    extension, remarks = options.semantic_ext, []
+    paths = {'style': options.style, 'content': options.content,
+             'seed': None if options.seed in ('noise', 'content') else options.seed}
+    target = options.content or options.output
+    map_paths = {'style': map_path(options.style, extension), 'content': map_path(target, extension)}
+    check_written(options, [*paths.values(), *map_paths.values(), options.weights])
+
+    content = style = seed = content_map = style_map = None
+    if options.content:
+        content = limited(read_picture(options.content), options.max_size, Image.LANCZOS)
+        remarks.append(f'Loading `{options.content}` for content data.')
+    style = limited(read_picture(options.style), options.max_size, Image.LANCZOS)
+    remarks.append(f'Loading `{options.style}` for style data.')
+
+    found = [name for name in ('content', 'style') if options.semantic_weight and os.path.exists(map_paths[name])]
+    if len(found) == 1:
+        missing = map_paths['style' if found == ['content'] else 'content']
+        raise UserError(f'{map_paths[found[0]]!r} is a map, but {missing!r} is not there.',
+                        'paint that map too, or leave maps unread with --semantic-weight=0')
+    if found:
+        if content is None:
+            content_map = limited(read_picture(map_paths['content']), options.max_size, Image.NEAREST)
+        else:
+            content_map = read_map(map_paths['content'], options.content, content)
+        style_map = read_map(map_paths['style'], options.style, style)
+        (content_map, style_map), remark = map_channels([content_map, style_map])
+        remarks += [f'Adding `{map_paths[name]}` as semantic map.' for name in found] + [remark] * bool(remark)
+    else:
+        remarks.append('No semantic maps: patches are matched by their features alone.')
+
+    shape = content if content is not None else content_map
+    if options.output_size and shape is not None:
+        raise UserError('--output-size is for texture synthesis; here the content or its map gives the size.',
+                        'leave --output-size out')
+    if options.seed == 'content' and content is None:
+        raise UserError('--seed=content needs a content picture.', 'add --content, or use --seed=noise')
+    if paths['seed']:
+        seed = read_picture(options.seed)
+    if content is None:
+        remarks.append('No content picture: the result depends on style, map and seed only.')
+    size = options.output_size or (style if shape is None else shape).shape[1::-1]
+
+    for name, (width, height) in (('result', size), ('style picture', style.shape[1::-1])):
+        for layer in options.style_layers + options.content_layers:
+            least = (3 if layer in options.style_layers else 1) * 2 ** (int(layer[0]) - 1)
+            if min(phase_size((width, height), 0, options.phases)) < least:
+                fits = int(math.log2(max(1, min(width, height) / least)))
+                raise UserError(f'The {name}, {width}x{height}, is too small for conv{layer} in the first '
+                                f'of {options.phases} phases, where its sides must be {least} or more.',
+                                f'--phases={fits + 1}' if min(width, height) >= least else 'use a larger picture')
+    return Inputs(content, content_map, style, style_map, seed, size), remarks
+
+
+def check_written(options, read):
+    """Refuse what would overwrite an input or could not be written at the end; make the output's folder."""
+    written = {'--output': options.output, '--log': options.log}
+    for flag, path in written.items():
+        if path is None:
+            continue
+        if os.path.realpath(path) in [os.path.realpath(other) for other in read if other]:
+            raise UserError(f'{flag} {path!r} is one of the inputs and would overwrite it.', f'choose another {flag}')
+        if os.path.isdir(path):
+            raise UserError(f'{flag} {path!r} is a folder.', 'add a file name to it')
+        try:
+            os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+            tempfile.TemporaryFile(dir=os.path.dirname(path) or '.').close()
+        except OSError as error:
+            raise UserError(f'{flag} {path!r} cannot be written: {error.strerror}.', f'choose another {flag}') from None
+    if options.log and os.path.realpath(options.log) == os.path.realpath(options.output):
+        raise UserError('--output and --log are the same file.', 'choose another --log')
+    image_format(options.output)
+
+
+def image_format(path):
+    """Pillow's name of the format that the ending of `path` stands for."""
+    Image.init()
+    name = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
+    try:
+        Image.new('RGB', (1, 1)).save(tempfile.TemporaryFile(), format=name)
+    except (KeyError, ValueError, OSError):
+        raise UserError(f'{path!r} does not end like a picture that can be written.', 'end it in .png or .jpg') from None
+    return name
+
+
+# ---- devices ---------------------------------------------------------------------------------------------------------
+
+def check_compiler():
+    """Theano compiles C: without a compiler it would run, a hundred times slower, without a word."""
+    if not shutil.which('g++') and 'cxx=' not in os.environ.get('THEANO_FLAGS', ''):
+        raise UserError('There is no g++, which compiles the network.', 'install g++ (Debian: apt-get install g++)')
+    if not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
+        raise UserError("Python's headers are missing.", 'install them (Debian: apt-get install python3-dev)')
+
+
+def blas_flags():
+    """Theano's flags for a fast BLAS: the system's OpenBLAS, else the one in the package scipy-openblas32."""
+    if os.path.isabs(subprocess.check_output(['g++', '-print-file-name=libopenblas.so'], text=True).strip()):
+        return {'blas.ldflags': '-lopenblas'}
+    folder = importlib.import_module('scipy_openblas32').get_lib_dir()
+    if re.search(r'[\s,]', folder):
+        raise UserError(f'Theano cannot link from {folder!r}, which has a space or comma in its name.',
+                        'make the virtual environment elsewhere, or install libopenblas-dev')
+    # The package's symbols carry a prefix; these are the routines that Theano's C code calls.
+    routines = [kind + routine for kind in 'sd' for routine in ('gemm', 'gemv', 'ger', 'dot')]
+    return {'blas.ldflags': f'-L{folder} -lscipy_openblas',
+            'gcc.cxxflags': ' '.join(f'-D{routine}_=scipy_{routine}_' for routine in routines)}
+
+
+def import_theano(device):
+    """Import Theano 1.0.5 and Lasagne 0.1 on a Python they were not made for, and open the device.
+
+    Parameters
+    ----------
+    device : str
+        ``cpu``, ``cudaN`` or ``openclN:M``. A ``device`` in the user's THEANO_FLAGS wins, and so does any other key.
+
+    Returns
+    -------
+    device : str
+        The device really used.
+    trouble : str or None
+        Why it is not the one asked for.
+    """
+    global theano, T, lasagne, optimize, tqdm
+    check_compiler()
+    user = dict(flag.split('=', 1) for flag in os.environ.get('THEANO_FLAGS', '').split(',') if '=' in flag)
+    user = {key.strip(): value for key, value in user.items()}
+    device = user.pop('device', device)
+    flags = {'floatX': 'float32', 'device': 'cpu', 'dnn.enabled': 'False', 'print_active_device': 'False'}
+    if 'blas.ldflags' not in user:
+        flags.update(blas_flags())
+    if not os.access(os.path.expanduser('~'), os.W_OK):
+        flags['base_compiledir'] = os.path.join(tempfile.gettempdir(), f'theano-{os.getuid()}')
+    os.environ['THEANO_FLAGS'] = ','.join(f'{key}={value}' for key, value in {**flags, **user}.items())
+
+    logging.getLogger('theano').setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        np.bool, np.complex = bool, complex                           # gone from NumPy 1.24
+        sys.modules['theano.scan_module.scan_perform_ext'] = None     # does not compile here; scan loops in Python
+        import theano
+        import theano.tensor as T
+        from theano.tensor.signal import pool
+        downsample = types.ModuleType('theano.tensor.signal.downsample')  # Lasagne 0.1 knows pool by its old name
+        downsample.max_pool_2d = lambda x, ds, ignore_border, st, padding, mode: pool.pool_2d(
+            x, ws=ds, ignore_border=ignore_border, stride=st, pad=padding, mode=mode)
+        sys.modules[downsample.__name__] = theano.tensor.signal.downsample = downsample
+        import lasagne
+        from scipy import optimize
+        from tqdm import tqdm
+        if device == 'cpu':
+            return device, None
+        try:
+            import theano.gpuarray
+            theano.gpuarray.use(device, force=True)
+            return device, None
+        except Exception as error:  # libgpuarray's own errors, and whatever loading it may raise
+            return 'cpu', str(error).split('\n')[0] or type(error).__name__
+
+
+# ---- network ---------------------------------------------------------------------------------------------------------
+
+BLOCKS = {'vgg19': (2, 2, 4, 4, 4), 'vgg16': (2, 2, 3, 3, 3)}         # convolutions between the poolings, [SZ14] table 1
+WIDTHS = (64, 128, 256, 512, 512)                                     # their filters
+MEAN = (103.939, 116.779, 123.680)                                    # of blue, green, red over ImageNet
+FIRST = {'vgg19': (0.341195, 0.339992, -0.0448442),                   # the first row of conv1_1, as correlation on BGR,
+         'vgg16': (0.4294706, 0.3734670, -0.0613601)}                 # tells how the colours and filters of a file lie
+
+# A pre-trained network: its kind, {'1_1': (W, b), ...} as cross-correlation on BGR, where it is from, its checksum.
+Weights = namedtuple('Weights', 'kind layers path sha256')
+
+
+def layer_names(kind):
+    """``'1_1', '1_2', '2_1', ...`` of ``'vgg19'`` or ``'vgg16'``."""
+    return [f'{block}_{k}' for block, count in enumerate(BLOCKS[kind], 1) for k in range(1, count + 1)]
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Loads NumPy arrays and nothing else: a pickle could run any code."""
+
+    def find_class(self, module, name):
+        admitted = {'_reconstruct', 'ndarray', 'dtype', 'scalar', '_frombuffer'}
+        if module.split('.')[0] == 'numpy' and name in admitted:
+            return getattr(importlib.import_module(module), name)
+        if (module, name) == ('_codecs', 'encode'):                   # how protocol 2 spells bytes
+            return lambda text, encoding: text.encode('latin1')
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}, which no array needs')
+
+
+def read_pickle(path):
+    """The original's format: a (bz2) pickle of [W, b, W, b, ...] from conv1_1 on, filters for true convolution."""
+    with (bz2.open if path.endswith('.bz2') else open)(path, 'rb') as file:
+        arrays = ArrayUnpickler(file, encoding='latin1').load()
+    kinds = {2 * sum(blocks): kind for kind, blocks in BLOCKS.items()}
+    if not isinstance(arrays, list) or len(arrays) not in kinds:
+        raise ValueError('it is not a list of 32 arrays (VGG19) or 26 (VGG16)')
+    names = layer_names(kinds[len(arrays)])
+    return {name: (W[:, :, ::-1, ::-1], b) for name, W, b in zip(names, arrays[::2], arrays[1::2])}
+
+
+def read_h5(path):
+    """Keras' format: groups ``block1_conv1`` ..., filters (height, width, in, out) for cross-correlation."""
+    import h5py
+    layers = {}
+    with h5py.File(path, 'r') as file:
+        for group in file:
+            match = re.fullmatch(r'block(\d)_conv(\d)', group)
+            if match:
+                arrays = []
+                file[group].visititems(lambda name, item: arrays.append(item[()]) if hasattr(item, 'shape') else None)
+                W, b = sorted(arrays, key=np.ndim, reverse=True)
+                layers['_'.join(match.groups())] = W.transpose(3, 2, 0, 1), b
+    return layers
+
+
+def read_npz(path):
+    """Our own format: ``conv1_1.W`` (out, in, 3, 3) for cross-correlation on BGR and ``conv1_1.b``, and so on."""
+    with np.load(path, allow_pickle=False) as file:
+        return {name[4:-2]: (file[name], file[name[:-1] + 'b']) for name in file.files if name.endswith('.W')}
+
+
+def read_weights(path):
+    """A pre-trained network, with its filters turned and its colours ordered as we use them.
+
+    Parameters
+    ----------
+    path : str
+        ``.pkl`` or ``.pkl.bz2`` as the original's, ``.h5`` as Keras', or ``.npz`` as our own.
+
+    Returns
+    -------
+    weights : Weights
+        float32; the layers that the file has, in the network's order.
+    remark : str or None
+        What was mended, or that the network is unknown.
+
+    Raises
+    ------
+    UserError
+        The file is missing or broken, or an array has the wrong shape.
+    """
+    fix = 'use the original vgg19_conv.pkl.bz2, the Keras .h5 of VGG19 or VGG16, or leave --weights out'
+    if not os.path.isfile(path):
+        raise UserError(f'{path!r} is no file with weights.', fix)
+    reader = {'.npz': read_npz, '.h5': read_h5, '.hdf5': read_h5}.get(os.path.splitext(path)[1], read_pickle)
+    try:
+        layers = {name: tuple(np.asarray(array, dtype=np.float32) for array in pair)
+                  for name, pair in reader(path).items()}
+    except Exception as error:  # a broken file can raise anything in the libraries that read it
+        raise UserError(f'{path!r} cannot be read as weights: {str(error) or type(error).__name__}.', fix) from None
+
+    kind = 'vgg19' if '3_4' in layers else 'vgg16'
+    names, channels = layer_names(kind), 3
+    names = names[:max([names.index(name) + 1 for name in layers if name in names], default=1)]
+    for name in names:
+        shapes = [(width := WIDTHS[int(name[0]) - 1], channels, 3, 3), (width,)]
+        if name not in layers or [array.shape for array in layers[name]] != shapes:
+            found = [array.shape for array in layers[name]] if name in layers else 'nothing'
+            raise UserError(f'{path!r}: conv{name} should have arrays of {shapes}, but there is {found}.', fix)
+        channels = width
+
+    remark = f'{path!r} is not a known VGG network: its colours and filters are taken as they lie.'
+    first = layers['1_1'][0]
+    for order, colours in (('BGR', slice(None)), ('RGB', slice(None, None, -1))):
+        for turned, step in (('', 1), (', filters turned', -1)):
+            if np.allclose(first[0, colours][0, ::step, ::step][0], FIRST[kind], atol=1e-3):
+                layers = {name: (W[:, :, ::step, ::step], b) for name, (W, b) in layers.items()}
+                layers['1_1'] = layers['1_1'][0][:, colours], layers['1_1'][1]
+                remark = f'{path!r} lies as {order}{turned}: mended.' if order == 'RGB' or turned else None
+    with open(path, 'rb') as file:
+        checksum = hashlib.file_digest(file, 'sha256').hexdigest()
+    return Weights(kind, {name: layers[name] for name in names}, path, checksum), remark
+
+
+def find_weights(options):
+    """The weights asked for, else the original's file beside the script or in this folder, else the bundled VGG16."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    places = [os.path.join(here, 'vgg19_conv.pkl.bz2'), 'vgg19_conv.pkl.bz2', os.path.join(here, 'vgg16.npz')]
+    path = options.weights or next(filter(os.path.exists, places), places[-1])
+    weights, remark = read_weights(path)
+    for layer in options.style_layers + options.content_layers:
+        if layer not in weights.layers:
+            raise UserError(f'{path!r} has no conv{layer}: it ends at conv{list(weights.layers)[-1]}.',
+                            'choose other layers, or a larger network with --weights')
+    if path == places[-1] and not options.weights:
+        remark = 'No vgg19_conv.pkl.bz2 here: using the bundled VGG16; --weights PATH takes another network.'
+    return weights, remark
+
+
+def convolution(x, W, **_):
+    """The 'same' 3x3 convolution for Lasagne 0.1, which would pad by copying."""
+    return T.nnet.conv2d(x, W, border_mode=1, filter_flip=False)
+
+
+def build_network(weights, names):
+    """The convolutions of VGG, only as deep as the deepest of `names`.
+
+    Each is 3x3 with padding 1 and rectified; between the blocks the papers advise the average of 2x2 over caffe's
+    maximum [LW16].
+
+    Parameters
+    ----------
+    weights : Weights
+    names : collection of str
+
+    Returns
+    -------
+    dict of str to lasagne.layers.Layer
+        Takes (1, 3, H, W) BGR less `MEAN`, gives (1, C, H', W').
+    """
+    network, layer = {}, lasagne.layers.InputLayer((1, 3, None, None))
+    order = list(weights.layers)
+    for name in order[:max(map(order.index, names)) + 1]:
+        if name.endswith('_1') and name != '1_1':
+            layer = lasagne.layers.Pool2DLayer(layer, 2, mode='average_inc_pad')
+        W, b = weights.layers[name]
+        layer = network[name] = lasagne.layers.Conv2DLayer(layer, len(W), 3, W=np.ascontiguousarray(W), b=b,
+                                                           convolution=convolution)
+    return network
+
+
+def features(network, x, names):
+    """Symbolic features {name: (H, W, C)} of the image `x` (3, H, W)."""
+    image = (x - np.float32(MEAN)[:, None, None]).dimshuffle('x', 0, 1, 2)
+    outputs = lasagne.layers.get_output([network[name] for name in names], image)
+    return {name: output[0].dimshuffle(1, 2, 0) for name, output in zip(names, outputs)}
+
+
+# ---- matching --------------------------------------------------------------------------------------------------------
+
+def unit(f):
+    """Vectors of length one along the last axis; zero stays zero, so that its cosine with anything is 0."""
+    length = T.sqrt(T.sum(f ** 2, axis=-1, keepdims=True))
+    return f * T.switch(length > 0, 1 / length, 0)
+
+
+def matching_key(f, m, w):
+    """What is matched at each pixel: [f / |f|, sqrt(w) m / |m|], whose products are cos(f, g) + w cos(m, n) [C16].
+
+    Parameters
+    ----------
+    f : symbolic (H, W, C)
+    m : symbolic (H, W, K) or None
+    w : symbolic scalar
+        Semantic weight.
+    """
+    return unit(f) if m is None else T.concatenate([unit(f), T.sqrt(w) * unit(m)], axis=2)
+
+
+def match(u, v, slices, variety=None, history=None):
+    """For every 3x3 patch i of the image the style patch j with the largest score [LW16 eq. 3, C16 eq. 2].
+
+        S(i, j) = 1/9 sum_d u(i + d) . v(j + d),        less variety * h(j)
+
+    The sum over the offsets d is taken over nine diagonal shifts of the products of single pixels, so that these cost
+    a ninth of the products of patches, and no patch is ever stored.
+
+    Parameters
+    ----------
+    u : symbolic (H, W, D)
+    v : symbolic (h, w, D)
+    slices : symbolic int
+        Rows of style patches are taken in so many batches; any number gives the same matches.
+    variety : symbolic scalar
+    history : symbolic ((h - 2) (w - 2),)
+        h(j), the best score that j had for any i in the evaluation before.
+
+    Returns
+    -------
+    matches : symbolic int64 ((H - 2) (W - 2),)
+        Numbers j, the first of equals.
+    history : symbolic ((h - 2) (w - 2),) or None
+        The new h, where there was one.
+    """
+    (H, W, D), (h, w) = (u.shape[k] for k in range(3)), (v.shape[0], v.shape[1])
+    slices = T.minimum(slices, h - 2)
+
+    def step(k, best, matches, *past):
+        above, below = (h - 2) * k // slices, (h - 2) * (k + 1) // slices                   # rows of style patches
+        rows = below - above
+        products = T.dot(u.reshape((H * W, D)), v[above:below + 2].reshape(((rows + 2) * w, D)).T)
+        products = products.reshape((H, W, rows + 2, w))
+        S = sum(products[y:H - 2 + y, x:W - 2 + x, y:rows + y, x:w - 2 + x] for y in range(3) for x in range(3)) / 9
+        S = S.reshape(((H - 2) * (W - 2), rows * (w - 2)))                                  # (i, j)
+        past = list(past)
+        if past:
+            batch = slice(above * (w - 2), below * (w - 2))
+            past = [T.set_subtensor(past[0][batch], T.max_and_argmax(S.T, axis=1)[0])]
+            S -= variety * history[batch]
+        score, j = T.max_and_argmax(S, axis=1)
+        better = T.gt(score, best)
+        return [T.switch(better, score, best), T.switch(better, j + above * (w - 2), matches)] + past
+
+    patches = (H - 2) * (W - 2)
+    start = [T.alloc(np.float32(-np.inf), patches), T.alloc(np.int64(0), patches)]
+    start += [history] if history is not None else []
+    (_, matches, *past), _ = theano.scan(step, sequences=T.arange(slices), outputs_info=start)
+    return matches[-1], past[0][-1] if past else None
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+def content_loss(f, g):
+    """mean (f - g)^2, both (H, W, C) [C16 eq. 3]."""
+    return T.mean((f - g) ** 2)
+
+
+def style_loss(f, g, matches):
+    """The mean over patches, offsets and channels of (patch of f - matched patch of g)^2 [LW16 eq. 2].
+
+    Up to nine patches cover a pixel p. With c(p) their count and V(p) the sum of the style vectors that they matched
+    there, the sum of squares is  sum_p c |f - V / c|^2  plus what does not depend on f.
+
+    Parameters
+    ----------
+    f : symbolic (H, W, C)
+    g : symbolic (h, w, C)
+    matches : symbolic int ((H - 2) (W - 2),)
+    """
+    (H, W, C), (h, w) = (f.shape[k] for k in range(3)), (g.shape[0], g.shape[1])
+    pixels, lengths = g.reshape((h * w, C)), T.sum(g ** 2, axis=2).flatten()
+    corner = (matches // (w - 2)) * w + matches % (w - 2)               # style pixel at the top left of each match
+    c, V, G = T.zeros((H, W, 1)), T.zeros((H, W, C)), 0.
+    for y in range(3):
+        for x in range(3):
+            q = corner + y * w + x
+            c = T.inc_subtensor(c[y:H - 2 + y, x:W - 2 + x], 1)
+            V = T.inc_subtensor(V[y:H - 2 + y, x:W - 2 + x], pixels[q].reshape((H - 2, W - 2, C)))
+            G += T.sum(lengths[q])
+    V = theano.gradient.disconnected_grad(V / c)
+    total = T.sum(c * (f - V) ** 2) + (G - T.sum(c * V ** 2))
+    return total / T.cast(9 * matches.size * C, 'float32')
+
+
+def smoothness_loss(x):
+    """mean (dx^2 + dy^2)^1.25 over neighbouring pixels of the image (3, H, W) [MV15 eq. 4]."""
+    dy, dx = x[:, 1:, :-1] - x[:, :-1, :-1], x[:, :-1, 1:] - x[:, :-1, :-1]                 # (3, H - 1, W - 1)
+    return T.mean((dx ** 2 + dy ** 2) ** 1.25)
+
+
+# All that is known of an image: loss terms as weighted, content and style by layer, gradient (3, H, W).
+Evaluation = namedtuple('Evaluation', 'total content style smooth gradient seconds matching_seconds')
+
+
+class Objective:
+    """The total loss of an image and its gradient, compiled once and set anew for each phase.
+
+    Parameters
+    ----------
+    weights : Weights
+    options : argparse.Namespace
+        Layers, weights of the losses and of the maps, variety, cache, slices.
+    content, semantic : bool
+        Whether there is a content picture, and whether there are maps.
+    """
+
+    def __init__(self, weights, options, content, semantic):
+        def array(dimensions, kind='float32'):
+            return theano.shared(np.zeros((0,) * dimensions, dtype=kind))
+        self.options = options
+        self.content_layers = options.content_layers if content and options.content_weight else []
+        self.style_layers = options.style_layers if options.style_weight else []
+        self.layers = list(dict.fromkeys(self.content_layers + self.style_layers)) or ['1_1']
+
+        # Numbers are variables too, so that the same compiled code serves all their values.
+        self.numbers = {name: theano.shared(np.float32(0)) for name in
+                        ('content_weight', 'style_weight', 'smoothness', 'semantic_weight', 'variety')}
+        self.slices = theano.shared(np.int64(1))
+        self.target = {layer: array(3) for layer in self.content_layers}                    # f of content, (H, W, C)
+        self.style = {layer: array(3) for layer in self.style_layers}                       # g, (h, w, C)
+        self.keys = {layer: array(3) for layer in self.style_layers}                        # v, (h, w, C + K)
+        self.maps = {layer: array(3) if semantic else None for layer in self.style_layers}  # m, (H, W, K)
+        self.history = {layer: array(1) if options.variety else None for layer in self.style_layers}  # h(j)
+        self.matches = {layer: array(1, 'int64') for layer in self.style_layers}            # j of each i
+
+        x, g, n = T.tensor3('x'), T.tensor3('g'), T.tensor3('n') if semantic else None
+        w = self.numbers['semantic_weight']
+        f = features(build_network(weights, self.layers), x, self.layers)
+        self.features = theano.function([x], list(f.values()))
+        self.style_key = theano.function([g, n] if semantic else [g], matching_key(g, n, w))
+        matches, updates = {}, []
+        for layer in self.style_layers:
+            u = theano.gradient.disconnected_grad(matching_key(f[layer], self.maps[layer], w))
+            matches[layer], history = match(u, self.keys[layer], self.slices, self.numbers['variety'],
+                                            self.history[layer])
+            updates += [(self.matches[layer], matches[layer])]
+            updates += [(self.history[layer], history)] if options.variety else []
+        self.matching = self.compiled(x, f, matches, updates)
+        self.cached = self.compiled(x, f, self.matches, []) if options.cache else self.matching
+
+    def compiled(self, x, f, matches, updates):
+        """The function x -> loss terms and the gradient of their sum, the matches held fixed."""
+        number = self.numbers
+        terms = [number['content_weight'] * content_loss(f[layer], target) for layer, target in self.target.items()]
+        terms += [number['smoothness'] * smoothness_loss(x)]
+        terms += [number['style_weight'] * style_loss(f[layer], g, matches[layer]) for layer, g in self.style.items()]
+        profile = theano.compile.ProfileStats(atexit_print=False, flag_time_thunks=True)    # times the matching
+        return theano.function([x], terms + [theano.grad(sum(terms), x)], updates=updates, profile=profile)
+
+    def set_phase(self, content, style, content_map, style_map, size):
+        """Compute what stays the same during a phase.
+
+        Parameters
+        ----------
+        content, style : (3, H, W) and (3, h, w) arrays
+            BGR, 0..255; `content` may be None.
+        content_map, style_map : arrays (H', W', K) of any size, or None
+        size : (width, height) of the image
+        """
+        for name, variable in self.numbers.items():
+            variable.set_value(np.float32(getattr(self.options, name)))
+        self.slices.set_value(self.options.slices)
+        if self.target:
+            f = dict(zip(self.layers, self.features(np.float32(content))))
+            for layer, target in self.target.items():
+                target.set_value(f[layer])
+        g = dict(zip(self.layers, self.features(np.float32(style))))
+        for layer in self.style_layers:
+            self.style[layer].set_value(g[layer])
+            n = []
+            if self.maps[layer] is not None:
+                n = [pooled_map(style_map, style.shape[:0:-1], layer)]
+                self.maps[layer].set_value(pooled_map(content_map, size, layer))
+            self.keys[layer].set_value(self.style_key(g[layer], *n))
+            if self.history[layer] is not None:
+                self.history[layer].set_value(np.zeros(self.patches(layer), dtype=np.float32))
+        self.fresh = True
+
+    def patches(self, layer):
+        """How many 3x3 patches the style picture has at a layer."""
+        height, width, _ = self.style[layer].get_value(borrow=True).shape
+        return (height - 2) * (width - 2)
+
+    def __call__(self, x):
+        """The `Evaluation` of the image `x` (3, H, W).
+
+        Raises
+        ------
+        FloatingPointError
+            The loss or its gradient is not finite.
+        """
+        start, matched, x = time.perf_counter(), self.matching_seconds(), np.float32(x)
+        if self.fresh and self.options.variety:
+            self.matching(x)                                            # to know which patches are used much
+        *terms, gradient = (self.matching if self.fresh else self.cached)(x)
+        self.fresh = False
+        if not np.isfinite(terms).all() or not np.isfinite(gradient).all():
+            raise FloatingPointError('the loss or its gradient is not finite')
+        terms = list(map(float, terms))
+        content, (smooth, *style) = terms[:len(self.target)], terms[len(self.target):]
+        return Evaluation(sum(terms), dict(zip(self.target, content)), dict(zip(self.style, style)), smooth,
+                          np.float64(gradient), time.perf_counter() - start, self.matching_seconds() - matched)
+
+    def matching_seconds(self):
+        """Time spent in matching so far."""
+        return sum(seconds for node, seconds in self.matching.profile.apply_time.items()
+                   if isinstance(node.op, theano.scan_module.scan_op.Scan))
+
+
+# ---- optimisation ----------------------------------------------------------------------------------------------------
+
+def minimise(evaluate, x, evaluations, accept):
+    """L-BFGS-B over the pixels within 0..255, for exactly so many evaluations [BLNZ95].
+
+    Parameters
+    ----------
+    evaluate : callable
+        x -> (loss, gradient), arrays of the shape of `x`.
+    x : float array
+    evaluations : int
+    accept : callable
+        Is given each image that a line search accepted.
+
+    Returns
+    -------
+    float64 array
+        The last accepted image.
+    """
+    class Spent(Exception):
+        """There are no evaluations left."""
+    used, accepted = 0, np.float64(x)
+
+    def counted(flat):
+        nonlocal used
+        if used == evaluations:
+            raise Spent
+        used += 1
+        loss, gradient = evaluate(flat.reshape(x.shape))
+        return loss, gradient.ravel()
+
+    def took(flat):
+        nonlocal accepted
+        accepted = flat.reshape(x.shape).copy()
+        accept(accepted)
+
+    while used < evaluations:                                          # a line search that found nothing starts afresh
+        try:
+            optimize.minimize(counted, accepted.ravel(), jac=True, method='L-BFGS-B', bounds=optimize.Bounds(0, 255),
+                              callback=took, options=dict(maxcor=5, ftol=0, gtol=0, maxfun=1 << 30, maxiter=1 << 30))
+        except Spent:
+            pass
+    return accepted
+
+
+def planes(pixels):
+    """(H, W, 3) RGB -> (3, H, W) BGR float64."""
+    return np.moveaxis(pixels[:, :, ::-1], 2, 0).astype(np.float64)
+
+
+def pixels(x, size):
+    """The image `x` (3, H, W) BGR as (height, width, 3) uint8 RGB, at `size` = (width, height)."""
+    return resized(np.moveaxis(np.clip(x, 0, 255).astype(np.uint8)[::-1], 0, 2), size, Image.BICUBIC)
+
+
+def first_image(inputs, options, size, random_seed):
+    """The image from which the first phase starts, (3, H, W)."""
+    if options.seed == 'noise':
+        return np.random.default_rng(random_seed).uniform(*options.seed_range, (3, *size[::-1]))
+    if options.seed == 'content':
+        return planes(resized(inputs.content, size, Image.LANCZOS))
+    return planes(resized(inputs.seed, size, Image.BICUBIC))
+
+
+def enlarged(x, size):
+    """The image `x` (3, H, W), bicubically enlarged in floating point for the next phase, within 0..255."""
+    return np.clip(np.moveaxis(resized(np.moveaxis(np.float32(x), 0, 2), size, Image.BICUBIC), 2, 0), 0, 255)
+
+
+def paint(objective, inputs, options, random_seed, journal):
+    """Minimise the loss phase by phase, from a small scale to the full one.
+
+    Parameters
+    ----------
+    objective : Objective
+    inputs : Inputs
+    options : argparse.Namespace
+    random_seed : int
+    journal : Journal
+        Is told of every phase, evaluation and accepted image.
+    """
+    x = None
+    for phase in range(options.phases):
+        size = phase_size(inputs.size, phase, options.phases)
+        style = resized(inputs.style, phase_size(inputs.style.shape[1::-1], phase, options.phases), Image.LANCZOS)
+        content = None if inputs.content is None else planes(resized(inputs.content, size, Image.LANCZOS))
+        objective.set_phase(content, planes(style), inputs.content_map, inputs.style_map, size)
+        x = first_image(inputs, options, size, random_seed) if x is None else enlarged(x, size)
+        journal.begin(phase, size, objective)
+
+        def evaluate(x):
+            evaluation = objective(x)
+            journal.record(x, evaluation)
+            return evaluation.total, evaluation.gradient
+        x = minimise(evaluate, x, options.iterations, journal.accept)
+        journal.accept(x)
+        journal.save()
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+def write_picture(pixels, path):
+    """Write (H, W, 3) uint8 pixels; the file appears whole or not at all."""
+    folder, name = os.path.split(path)
+    handle, temporary = tempfile.mkstemp(dir=folder or '.', prefix=f'.{name}.')
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            Image.fromarray(np.ascontiguousarray(pixels)).save(file, format=image_format(path), quality=95)
+        os.chmod(temporary, 0o666 & ~UMASK)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
+def claim_frames(folder):
+    """A folder for this run's frames: `folder` itself, or the first of its ``run-2``, ``run-3``, ... that is new.
+
+    A run takes a folder by making ``command.txt`` in it, which says what the frames are of.
+    """
+    attempt, place = 1, folder
+    while True:
+        os.makedirs(place, exist_ok=True)
+        try:
+            if not any(re.fullmatch(r'\d{4,}\.png', name) for name in os.listdir(place)):
+                with open(os.path.join(place, 'command.txt'), 'x') as file:
+                    file.write(' '.join(sys.argv) + '\n')
+                return place
+        except FileExistsError:
+            pass
+        attempt += 1
+        place = os.path.join(folder, f'run-{attempt}')
+
+
+class Journal:
+    """What a run tells and leaves behind: lines, progress, frames, the log, the result.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+    size : (width, height) of the result
+    header : dict
+        The log's first line: what explains the run.
+    """
+
+    def __init__(self, options, size, header):
+        self.options, self.size, self.image, self.saved = options, size, None, False
+        self.number, self.error, self.start = 0, 255., time.time()
+        self.frames = None
+        self.log = open(options.log, 'w') if options.log else None
+        self.write_log(header)
+        self.bar = tqdm(total=options.phases * options.iterations, disable=not sys.stderr.isatty(), leave=False)
+
+    def write_log(self, entry):
+        """Append one line of JSON."""
+        if self.log:
+            self.log.write(json.dumps(entry) + '\n')
+            self.log.flush()
+
+    def say(self, text):
+        """A line above the progress bar."""
+        self.bar.clear()
+        say(text)
+
+    def begin(self, phase, size, objective):
+        """A phase starts."""
+        self.phase, self.error, self.evaluation, self.image = phase, 255., 0, None if phase == 0 else self.image
+        scale = 1 / 2 ** (self.options.phases - 1 - phase)
+        self.say(f'\n*Phase #{phase}*: resolution {size[0]}x{size[1]}  scale {scale}')
+        for layer in objective.style_layers:
+            g, v = objective.style[layer].get_value(borrow=True), objective.keys[layer].get_value(borrow=True)
+            self.say(f'  - Style layer {layer}: {(objective.patches(layer), v.shape[2], 3, 3)} patches '
+                     f'in {(g.nbytes + v.nbytes) // 1000:,}kb.')
+        for layer, target in objective.target.items():
+            features = target.get_value(borrow=True)
+            self.say(f'  - Content layer conv{layer}: {features.shape[2]} features in {features.nbytes // 1000:,}kb.')
+        self.say('')
+        self.since = time.time()
+
+    def record(self, x, evaluation):
+        """An evaluation is done: its line, its frame, its entry in the log."""
+        if self.image is None:
+            self.image = x.copy()
+        largest = float(np.abs(evaluation.gradient).max())
+        self.error = 0.9 * self.error + 0.1 * min(largest, 255)
+        every = self.options.print_every
+        if every and self.number % every == 0:
+            self.say(progress_line(self.number, evaluation, self.error, time.time() - self.since))
+            self.since = time.time()
+        if self.options.save_every and self.number % self.options.save_every == 0:
+            self.frames = self.frames or claim_frames(self.options.frames)
+            write_picture(pixels(x, x.shape[:0:-1]), os.path.join(self.frames, f'{self.number:04d}.png'))
+        self.write_log(dict(
+            phase=self.phase, evaluation=self.evaluation, total=evaluation.total, content=evaluation.content,
+            style=evaluation.style, smooth=evaluation.smooth, gradient_l2=float(np.linalg.norm(evaluation.gradient)),
+            gradient_max=largest, seconds=evaluation.seconds, matching_seconds=evaluation.matching_seconds))
+        self.number, self.evaluation = self.number + 1, self.evaluation + 1
+        self.bar.update()
+
+    def accept(self, x):
+        """An image better than the one before."""
+        self.image, self.saved = x, False
+
+    def save(self):
+        """Write the last accepted image as the result; False if there is none."""
+        if self.image is not None and not self.saved:
+            write_picture(pixels(self.image, self.size), self.options.output)
+            self.saved = True
+        return self.saved
+
+
+def progress_line(number, evaluation, error, seconds):
+    """The line of an evaluation: losses divided by 1000, and how far the gradient has fallen."""
+    def by_layer(kind, losses):
+        return f'   {kind} ' + '  '.join(f'{layer} {loss / 1000:.2e}' for layer, loss in losses.items()) if losses else ''
+    return (f'{number:>3}   loss {evaluation.total / 1000:.2e}' + by_layer('content', evaluation.content) +
+            by_layer('style', evaluation.style) + f'   quality {100 - 100 * math.sqrt(error / 255):>4.1f}%'
+            f'   time {seconds:.1f}s')
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, with its number."""
+
+
+def interrupt(number, frame):
+    """Signal handler: leave whatever runs, to save what there is."""
+    raise Interrupted(number)
+
+
+def run(arguments):
+    """The program, from options to result."""
+    options = parse_options(arguments)
+    import_pillow()
+    say('*Neural Doodle* for semantic style transfer.')
+    inputs, remarks = read_inputs(options)
+    weights, remark = find_weights(options)
+    used, trouble = import_theano(options.device)
+    if trouble:
+        say(f'*WARNING: {options.device} cannot be used: {trouble}. Computing on the CPU instead. '
+            'FIX: check the driver and pygpu (README, Troubleshooting), or use --device=cpu.*')
+    say(f'  - Using device `{used}` for processing the images.')
+    random_seed = secrets.randbits(32) if options.random_seed is None else options.random_seed
+    for line in remarks + [remark or f'Network {weights.kind} from `{weights.path}`.', f'Random seed {random_seed}.']:
+        say(f'  - {line}')
+    say('  - Compiling, which takes a minute the first time..')
+    objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None)
+
+    journal = Journal(options, inputs.size, dict(
+        device=used, network=weights.kind, weights=dict(path=weights.path, sha256=weights.sha256),
+        random_seed=random_seed, options=vars(options),
+        shapes=dict(output=inputs.size[::-1], style=inputs.style.shape[:2],
+                    map_channels=0 if inputs.style_map is None else inputs.style_map.shape[2])))
+    start = time.time()
+    try:
+        paint(objective, inputs, options, random_seed, journal)
+    except Interrupted as signal_number:
+        journal.bar.close()
+        saved = f'the image so far is in `{options.output}`' if journal.save() else 'there was nothing to save yet'
+        say(f'\n*Interrupted* after {journal.number} evaluations: {saved}.')
+        raise
+    except FloatingPointError:
+        journal.bar.close()
+        saved = f'the last good image is in `{options.output}`' if journal.save() else 'nothing was saved'
+        raise UserError(f'The loss is no longer a number after {journal.number} evaluations; {saved}.',
+                        'try smaller weights, or another --random-seed') from None
+    journal.bar.close()
+    say(f'\n*Optimization finished in {time.time() - start:.1f}s*, average pixel error {journal.error:.1f}, '
+        f'on device `{used}`: `{options.output}`.')
+
+
+def main(arguments):
+    """Run the program; errors become one clear line and an exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    try:
+        if sys.version_info[:2] != (3, 11):
+            raise UserError(f'This is Python {sys.version_info[0]}.{sys.version_info[1]}, and the program needs 3.11.',
+                            'run it with python3.11, in docker, or with uv run')
+        run(arguments)
+        return 0
+    except UserError as error:
+        problem, fix = error.args
+    except MemoryError:
+        problem, fix = 'There is not enough memory.', 'more --slices, or a smaller --max-size'
+    except Interrupted as error:
+        return 128 + error.args[0]
+    print(f'ERROR: {problem}\n  FIX: {fix}.', file=sys.stderr)
+    return 2
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
