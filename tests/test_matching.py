@@ -1,0 +1,92 @@
+"""match() against brute force over patches (twin.py)."""
+import functools
+
+import numpy as np
+import pytest
+
+import twin
+
+
+@pytest.fixture(scope='module')
+def found(doodle):
+    """Matches and new history, by NumPy arrays: u (H, W, D), v (h, w, D), a number of slices, variety, history."""
+    @functools.cache
+    def function(variety):
+        u, v, slices, history = doodle.T.tensor3(), doodle.T.tensor3(), doodle.T.lscalar(), doodle.T.vector()
+        if variety:
+            return doodle.theano.function([u, v, slices, history], doodle.match(u, v, slices, variety, history))
+        matches, _ = doodle.match(u, v, slices)
+        return doodle.theano.function([u, v, slices], matches)
+
+    def call(u, v, slices=2, variety=0., history=None):
+        return function(variety)(np.float32(u), np.float32(v), slices, *([np.float32(history)] if variety else []))
+    return call
+
+
+def brute_force(u, v):
+    """S (M, N) of style patch j and image patch i, from (H, W, D) and (h, w, D)."""
+    return twin.scores(np.moveaxis(v, 2, 0) / 3, np.moveaxis(u, 2, 0) / 3)
+
+
+def assert_best(S, j):
+    """`j` has the best score for each i, or one within 1e-5 of it."""
+    assert (S.max(axis=0) - S[j, np.arange(S.shape[1])]).max() < 1e-5
+
+
+SHAPES = [((3, 3), (3, 3)), ((5, 7), (7, 5)), ((3, 11), (13, 3)), ((9, 8), (6, 17)), ((12, 13), (4, 4))]
+
+
+@pytest.mark.parametrize('image, style', SHAPES)
+def test_matches_are_those_of_brute_force(found, image, style):
+    rng = np.random.default_rng(sum(image + style))
+    u, v = rng.normal(size=image + (5,)), rng.normal(size=style + (5,))
+    S = brute_force(u, v)
+    assert_best(S, found(u, v))
+
+
+def test_any_number_of_slices_drops_no_patch_and_gives_the_same_matches(found):  # fault 7
+    rng = np.random.default_rng(1)
+    u, v = rng.normal(size=(9, 8, 4)), rng.normal(size=(8, 9, 4))
+    v[-3:, -3:] = u[3:6, 2:5]                                               # the very last style patch is a copy
+    reference = found(u, v, 1)
+    assert reference[3 * 6 + 2] == 6 * 7 - 1
+    for slices in (2, 3, 4, 5, 6, 7, 1000):
+        assert (found(u, v, slices) == reference).all(), slices
+
+
+def test_of_equal_scores_the_first_wins(found):
+    u, v = np.ones((4, 4, 2)), np.ones((6, 5, 2))
+    for slices in (1, 3):
+        assert (found(u, v, slices) == 0).all()
+
+
+@pytest.mark.parametrize('slices', [1, 2, 5])
+def test_variety_takes_the_last_best_scores_off_and_returns_the_new_ones(found, slices):
+    rng = np.random.default_rng(2)
+    u, v = rng.random((8, 9, 4)), rng.random((7, 8, 4))
+    S, history = brute_force(u, v), rng.random(5 * 6)                       # (j, i)
+    j, new = found(u, v, slices, 0.5, history)
+    assert_best(S - 0.5 * history[:, None], j)
+    np.testing.assert_allclose(new, S.max(axis=1), rtol=1e-5)
+    assert (j != found(u, v, slices)).any()
+
+
+def key(doodle, f, m, w):
+    symbols = doodle.T.tensor3(), doodle.T.tensor3()
+    return doodle.theano.function(list(symbols), doodle.matching_key(*symbols, np.float32(w)))(np.float32(f), np.float32(m))
+
+
+def test_key_products_are_the_cosines_of_features_and_maps(doodle):
+    rng = np.random.default_rng(3)
+    f, g, m, n = (rng.random((4, 4, k)) for k in (6, 6, 3, 3))
+    ours = (key(doodle, f, m, 10.) * key(doodle, g, n, 10.)).sum(axis=2)
+
+    def cosine(a, b):
+        return (a * b).sum(axis=2) / np.linalg.norm(a, axis=2) / np.linalg.norm(b, axis=2)
+    np.testing.assert_allclose(ours, cosine(f, g) + 10 * cosine(m, n), rtol=1e-5)
+
+
+def test_a_zero_vector_has_cosine_0_not_nan(doodle):  # fault 4
+    f, m = np.ones((3, 3, 4)), np.zeros((3, 3, 3))
+    k = key(doodle, f, m, 10.)
+    assert np.isfinite(k).all() and (k[:, :, 4:] == 0).all()
