@@ -17,7 +17,7 @@
 """Neural Doodle: paint one picture with the patches of another, eyes from eyes and skin from skin.
 
 The file reads the way the data flows:
-options -> images and maps -> devices -> network -> matching -> losses -> optimisation -> files.
+options -> images and maps -> weights -> devices -> network -> matching -> losses -> optimisation -> files.
 
 Names kept to everywhere:
 
@@ -81,6 +81,13 @@ def whole(text, least=0):
     return int(text)
 
 
+def switch(text):
+    """0 or 1."""
+    if text not in ('0', '1'):
+        raise argparse.ArgumentTypeError(f'{text!r} is neither 0 nor 1')
+    return int(text)
+
+
 def weight(text):
     """A finite number, zero or more."""
     try:
@@ -134,11 +141,11 @@ OPTIONS = {
         ('--content',         str,     None,         'PATH',   'content picture, which is painted anew'),
         ('--output',          str,     'output.png', 'PATH',   'the result; without --content, its map is the doodle'),
         ('--output-size',     size,    None,         'WxH',    'width and height for texture synthesis'),
-        ('--max-size',        natural, None,         'N',      'shrink pictures whose long side is larger, maps with them'),
+        ('--max-size',        natural, None,         'N',      'shrink pictures with a longer side, maps with them'),
         ('--semantic-ext',    str,     '_sem.png',   'EXT',    'the map of dir/name.jpg is dir/name + this'),
         ('--seed',            str,     'noise',      'SEED',   'start from noise, content, or the picture at a path'),
         ('--seed-range',      colours, '16:240',     'LO:HI',  'range of the colours of noise'),
-        ('--random-seed',     whole,   None,         'N',      'makes a run repeatable; drawn and printed when not given'),
+        ('--random-seed',     whole,   None,         'N',      'repeats a run; drawn and printed when not given'),
     ),
     'losses': (
         ('--content-weight',  weight,  '10.0',       'X',      'weight of the content loss'),
@@ -151,7 +158,7 @@ OPTIONS = {
         ('--semantic-weight', weight,  '10.0',       'X',      'weight of the maps against the features; 0: no maps'),
         ('--variety',         weight,  '0.0',        'X',      'bias toward style patches that are used little'),
         ('--slices',          natural, '2',          'N',      'match the style patches in this many batches (memory)'),
-        ('--cache',           whole,   '0',          '0|1',    '1: find the matches once a phase only'),
+        ('--cache',           switch,  '0',          '0|1',    '1: find the matches once a phase only'),
     ),
     'optimisation': (
         ('--phases',          natural, '3',          'N',      'number of scales, each twice the one before'),
@@ -207,9 +214,13 @@ def parse_options(arguments):
 
 
 def say(text=''):
-    """A line for the person watching; on a terminal ``*bold*`` is bold, unless NO_COLOR is set."""
-    bold = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
-    print(re.sub(r'\*(.+?)\*', '\033[1m\\1\033[0m' if bold else r'\1', text), flush=True)
+    """A line for the person watching."""
+    print(text, flush=True)
+
+
+def bold(text):
+    """`text` in bold on a terminal, unless NO_COLOR is set."""
+    return f'\033[1m{text}\033[0m' if sys.stdout.isatty() and not os.environ.get('NO_COLOR') else text
 
 
 # ---- images and maps -------------------------------------------------------------------------------------------------
@@ -261,9 +272,9 @@ def read_picture(path):
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
-            if picture.mode[0] in 'IF':  # 16 bits, as I;16 or widened to I; F has no common range
+            if picture.mode[0] in 'IF':  # 16 bits, as I;16 or widened to I or F, which may hold bytes as well
                 grey = np.asarray(picture, dtype=np.float64)
-                grey = grey / 257 if grey.max() > 255 else grey
+                grey = grey / 257 if picture.mode.startswith('I;16') or grey.max() > 255 else grey
                 return np.repeat(np.uint8(np.clip(grey + .5, 0, 255))[:, :, None], 3, axis=2)
             return np.asarray(picture.convert('RGB'))
     except Exception as error:  # Pillow's plugins raise whatever broken files make them raise
@@ -300,6 +311,16 @@ def read_map(path, picture_path, picture):
     return resized(colours, (columns, rows), Image.NEAREST)
 
 
+def colour_codes(pixels):
+    """(H, W, 3) uint8 RGB -> (H, W) numbers 0xRRGGBB, which sort faster than triples."""
+    return pixels @ np.array([1 << 16, 1 << 8, 1])
+
+
+def code_colours(codes):
+    """The inverse: (N,) numbers -> (N, 3) float64."""
+    return np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1).astype(np.float64)
+
+
 def map_classes(maps):
     """The colours that mean something: each covers at least 0.1 % of one of the maps.
 
@@ -309,13 +330,13 @@ def map_classes(maps):
 
     Returns
     -------
-    (classes, 3) uint8 array
+    (K, 3) float64 array
     """
-    classes = []
-    for colours in maps:
-        unique, counts = np.unique(colours.reshape(-1, 3), axis=0, return_counts=True)
-        classes.append(unique[counts >= 0.001 * counts.sum()])
-    return np.unique(np.concatenate(classes), axis=0)
+    classes = set()
+    for codes in map(colour_codes, maps):
+        unique, counts = np.unique(codes, return_counts=True)
+        classes.update(unique[counts >= 0.001 * codes.size])
+    return code_colours(np.array(sorted(classes), dtype=np.int64))
 
 
 def map_channels(maps):
@@ -335,7 +356,7 @@ def map_channels(maps):
     remark : str or None
         Says so when the classes became channels.
     """
-    classes = map_classes(maps).astype(np.float64)                                          # (K, 3)
+    classes = map_classes(maps)                                                             # (K, 3)
     length = np.linalg.norm(classes, axis=1)
     if length.all():
         cosines = classes @ classes.T / np.outer(length, length)                            # (K, K)
@@ -343,8 +364,8 @@ def map_channels(maps):
             return maps, None
     channels = []
     for colours in maps:
-        unique, index = np.unique(colours.reshape(-1, 3), axis=0, return_inverse=True)      # (U, 3), (H W,)
-        nearest = np.array([((classes - colour) ** 2).sum(axis=1).argmin() for colour in unique])
+        unique, index = np.unique(colour_codes(colours), return_inverse=True)               # (U,), (H W,)
+        nearest = np.array([((classes - colour) ** 2).sum(axis=1).argmin() for colour in code_colours(unique)])
         one_hot = np.eye(len(classes), dtype=np.uint8)[nearest[index]] * np.uint8(255)      # (H W, K)
         channels.append(one_hot.reshape(colours.shape[:2] + (-1,)))
     return channels, f'{len(classes)} map colours, some black or shades of each other: each is a class of its own.'
@@ -447,24 +468,32 @@ def read_inputs(options):
     return Inputs(content, content_map, style, style_map, seed, size), remarks
 
 
+def same_file(a, b):
+    """Whether two paths, there already or not, name one file."""
+    return os.path.realpath(a) == os.path.realpath(b) or all(map(os.path.exists, (a, b))) and os.path.samefile(a, b)
+
+
 def check_written(options, read):
-    """Refuse what would overwrite an input or could not be written at the end; make the output's folder."""
-    written = {'--output': options.output, '--log': options.log}
-    for flag, path in written.items():
+    """Refuse what would overwrite an input or could not be written at the end; make the missing folders."""
+    folders = {'--frames': options.frames} if options.save_every else {}
+    for flag, path in (('--output', options.output), ('--log', options.log)):
         if path is None:
             continue
-        if os.path.realpath(path) in [os.path.realpath(other) for other in read if other]:
+        if any(same_file(path, other) for other in read if other):
             raise UserError(f'{flag} {path!r} is one of the inputs and would overwrite it.', f'choose another {flag}')
         if os.path.isdir(path):
             raise UserError(f'{flag} {path!r} is a folder.', 'add a file name to it')
-        try:
-            os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-            tempfile.TemporaryFile(dir=os.path.dirname(path) or '.').close()
-        except OSError as error:
-            raise UserError(f'{flag} {path!r} cannot be written: {error.strerror}.', f'choose another {flag}') from None
-    if options.log and os.path.realpath(options.log) == os.path.realpath(options.output):
+        folders[flag] = os.path.dirname(path) or '.'
+    if options.log and same_file(options.log, options.output):
         raise UserError('--output and --log are the same file.', 'choose another --log')
     image_format(options.output)
+    for flag, folder in folders.items():
+        try:
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f'{flag}: the folder {folder!r} cannot be written: {error.strerror}.',
+                            f'choose another {flag}') from None
 
 
 def image_format(path):
@@ -474,91 +503,15 @@ def image_format(path):
     try:
         Image.new('RGB', (1, 1)).save(tempfile.TemporaryFile(), format=name)
     except (KeyError, ValueError, OSError):
-        raise UserError(f'{path!r} does not end like a picture that can be written.', 'end it in .png or .jpg') from None
+        raise UserError(f'{path!r} does not end like a picture that can be written.',
+                        'end it in .png or .jpg') from None
     return name
 
 
-# ---- devices ---------------------------------------------------------------------------------------------------------
+# ---- weights ---------------------------------------------------------------------------------------------------------
 
-def check_compiler():
-    """Theano compiles C: without a compiler it would run, a hundred times slower, without a word."""
-    if not shutil.which('g++') and 'cxx=' not in os.environ.get('THEANO_FLAGS', ''):
-        raise UserError('There is no g++, which compiles the network.', 'install g++ (Debian: apt-get install g++)')
-    if not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
-        raise UserError("Python's headers are missing.", 'install them (Debian: apt-get install python3-dev)')
-
-
-def blas_flags():
-    """Theano's flags for a fast BLAS: the system's OpenBLAS, else the one in the package scipy-openblas32."""
-    if os.path.isabs(subprocess.check_output(['g++', '-print-file-name=libopenblas.so'], text=True).strip()):
-        return {'blas.ldflags': '-lopenblas'}
-    folder = importlib.import_module('scipy_openblas32').get_lib_dir()
-    if re.search(r'[\s,]', folder):
-        raise UserError(f'Theano cannot link from {folder!r}, which has a space or comma in its name.',
-                        'make the virtual environment elsewhere, or install libopenblas-dev')
-    # The package's symbols carry a prefix; these are the routines that Theano's C code calls.
-    routines = [kind + routine for kind in 'sd' for routine in ('gemm', 'gemv', 'ger', 'dot')]
-    return {'blas.ldflags': f'-L{folder} -lscipy_openblas',
-            'gcc.cxxflags': ' '.join(f'-D{routine}_=scipy_{routine}_' for routine in routines)}
-
-
-def import_theano(device):
-    """Import Theano 1.0.5 and Lasagne 0.1 on a Python they were not made for, and open the device.
-
-    Parameters
-    ----------
-    device : str
-        ``cpu``, ``cudaN`` or ``openclN:M``. A ``device`` in the user's THEANO_FLAGS wins, and so does any other key.
-
-    Returns
-    -------
-    device : str
-        The device really used.
-    trouble : str or None
-        Why it is not the one asked for.
-    """
-    global theano, T, lasagne, optimize, tqdm
-    check_compiler()
-    user = dict(flag.split('=', 1) for flag in os.environ.get('THEANO_FLAGS', '').split(',') if '=' in flag)
-    user = {key.strip(): value for key, value in user.items()}
-    device = user.pop('device', device)
-    flags = {'floatX': 'float32', 'device': 'cpu', 'dnn.enabled': 'False', 'print_active_device': 'False'}
-    if 'blas.ldflags' not in user:
-        flags.update(blas_flags())
-    if not os.access(os.path.expanduser('~'), os.W_OK):
-        flags['base_compiledir'] = os.path.join(tempfile.gettempdir(), f'theano-{os.getuid()}')
-    os.environ['THEANO_FLAGS'] = ','.join(f'{key}={value}' for key, value in {**flags, **user}.items())
-
-    logging.getLogger('theano').setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        np.bool, np.complex = bool, complex                           # gone from NumPy 1.24
-        sys.modules['theano.scan_module.scan_perform_ext'] = None     # does not compile here; scan loops in Python
-        import theano
-        import theano.tensor as T
-        from theano.tensor.signal import pool
-        downsample = types.ModuleType('theano.tensor.signal.downsample')  # Lasagne 0.1 knows pool by its old name
-        downsample.max_pool_2d = lambda x, ds, ignore_border, st, padding, mode: pool.pool_2d(
-            x, ws=ds, ignore_border=ignore_border, stride=st, pad=padding, mode=mode)
-        sys.modules[downsample.__name__] = theano.tensor.signal.downsample = downsample
-        import lasagne
-        from scipy import optimize
-        from tqdm import tqdm
-        if device == 'cpu':
-            return device, None
-        try:
-            import theano.gpuarray
-            theano.gpuarray.use(device, force=True)
-            return device, None
-        except Exception as error:  # libgpuarray's own errors, and whatever loading it may raise
-            return 'cpu', str(error).split('\n')[0] or type(error).__name__
-
-
-# ---- network ---------------------------------------------------------------------------------------------------------
-
-BLOCKS = {'vgg19': (2, 2, 4, 4, 4), 'vgg16': (2, 2, 3, 3, 3)}         # convolutions between the poolings, [SZ14] table 1
+BLOCKS = {'vgg19': (2, 2, 4, 4, 4), 'vgg16': (2, 2, 3, 3, 3)}         # convolutions between poolings, [SZ14] table 1
 WIDTHS = (64, 128, 256, 512, 512)                                     # their filters
-MEAN = (103.939, 116.779, 123.680)                                    # of blue, green, red over ImageNet
 FIRST = {'vgg19': (0.341195, 0.339992, -0.0448442),                   # the first row of conv1_1, as correlation on BGR,
          'vgg16': (0.4294706, 0.3734670, -0.0613601)}                 # tells how the colours and filters of a file lie
 
@@ -575,9 +528,10 @@ class ArrayUnpickler(pickle.Unpickler):
     """Loads NumPy arrays and nothing else: a pickle could run any code."""
 
     def find_class(self, module, name):
-        admitted = {'_reconstruct', 'ndarray', 'dtype', 'scalar', '_frombuffer'}
+        admitted = {'ndarray': np.ndarray, 'dtype': np.dtype, '_frombuffer': np.core.numeric._frombuffer,
+                    '_reconstruct': np.core.multiarray._reconstruct}
         if module.split('.')[0] == 'numpy' and name in admitted:
-            return getattr(importlib.import_module(module), name)
+            return admitted[name]
         if (module, name) == ('_codecs', 'encode'):                   # how protocol 2 spells bytes
             return lambda text, encoding: text.encode('latin1')
         raise pickle.UnpicklingError(f'it asks for {module}.{name}, which no array needs')
@@ -681,6 +635,88 @@ def find_weights(options):
     if path == places[-1] and not options.weights:
         remark = 'No vgg19_conv.pkl.bz2 here: using the bundled VGG16; --weights PATH takes another network.'
     return weights, remark
+
+
+# ---- devices ---------------------------------------------------------------------------------------------------------
+
+def check_compiler():
+    """Theano compiles C: without a compiler it would run, a hundred times slower, without a word."""
+    if not shutil.which('g++') and 'cxx=' not in os.environ.get('THEANO_FLAGS', ''):
+        raise UserError('There is no g++, which compiles the network.', 'install g++ (Debian: apt-get install g++)')
+    if not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
+        raise UserError("Python's headers are missing.", 'install them (Debian: apt-get install python3-dev)')
+
+
+def blas_flags():
+    """Theano's flags for a fast BLAS: the system's OpenBLAS, else the one in the package scipy-openblas32."""
+    if os.path.isabs(subprocess.check_output(['g++', '-print-file-name=libopenblas.so'], text=True).strip()):
+        return {'blas.ldflags': '-lopenblas'}
+    folder = importlib.import_module('scipy_openblas32').get_lib_dir()
+    if re.search(r'[\s,]', folder):
+        raise UserError(f'Theano cannot link from {folder!r}, which has a space or comma in its name.',
+                        'make the virtual environment elsewhere, or install libopenblas-dev')
+    # The package's symbols carry a prefix; these are the routines that Theano's C code calls.
+    routines = [kind + routine for kind in 'sd' for routine in ('gemm', 'gemv', 'ger', 'dot')]
+    return {'blas.ldflags': f'-L{folder} -lscipy_openblas',
+            'gcc.cxxflags': ' '.join(f'-D{routine}_=scipy_{routine}_' for routine in routines)}
+
+
+def import_theano(device):
+    """Import Theano 1.0.5 and Lasagne 0.1 on a Python they were not made for, and open the device.
+
+    Parameters
+    ----------
+    device : str
+        ``cpu``, ``cudaN`` or ``openclN:M``. A ``device`` in the user's THEANO_FLAGS wins, and so does any other key.
+
+    Returns
+    -------
+    device : str
+        The device really used.
+    trouble : str or None
+        Why it is not the one asked for.
+    """
+    global theano, T, lasagne, optimize, tqdm
+    check_compiler()
+    user = dict(flag.split('=', 1) for flag in os.environ.get('THEANO_FLAGS', '').split(',') if '=' in flag)
+    user = {key.strip(): value for key, value in user.items()}
+    device = user.pop('device', device)
+    flags = {'floatX': 'float32', 'device': 'cpu', 'dnn.enabled': 'False', 'print_active_device': 'False'}
+    if 'blas.ldflags' not in user:
+        flags.update(blas_flags())
+    if not os.access(os.path.expanduser('~'), os.W_OK):
+        flags['base_compiledir'] = os.path.join(tempfile.gettempdir(), f'theano-{os.getuid()}')
+    os.environ['THEANO_FLAGS'] = ','.join(f'{key}={value}' for key, value in {**flags, **user}.items())
+
+    logging.getLogger('theano').setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        np.bool, np.complex = bool, complex                           # gone from NumPy 1.24
+        sys.modules['theano.scan_module.scan_perform_ext'] = None     # does not compile here; scan loops in Python
+        import theano
+        import theano.tensor as T
+        from theano.tensor.signal import pool
+        downsample = types.ModuleType('theano.tensor.signal.downsample')  # Lasagne 0.1 knows pool by its old name
+        downsample.max_pool_2d = lambda x, ds, ignore_border, st, padding, mode: pool.pool_2d(
+            x, ws=ds, ignore_border=ignore_border, stride=st, pad=padding, mode=mode)
+        sys.modules[downsample.__name__] = theano.tensor.signal.downsample = downsample
+        import lasagne
+        from scipy import optimize
+        from tqdm import tqdm
+        if device == 'cpu':
+            return device, None
+        try:
+            import pygpu  # noqa: F401, first, since what Theano says of its absence helps nobody
+            import theano.gpuarray
+            theano.gpuarray.use(device, force=True)
+            return device, None
+        except Exception as error:  # libgpuarray's own errors, and whatever loading it may raise
+            return 'cpu', str(error).split('\n')[0] or type(error).__name__
+
+
+# ---- network ---------------------------------------------------------------------------------------------------------
+
+MEAN = (103.939, 116.779, 123.680)                                    # of blue, green, red over ImageNet
 
 
 def convolution(x, W, **_):
@@ -1125,7 +1161,7 @@ class Journal:
         """A phase starts."""
         self.phase, self.error, self.evaluation, self.image = phase, 255., 0, None if phase == 0 else self.image
         scale = 1 / 2 ** (self.options.phases - 1 - phase)
-        self.say(f'\n*Phase #{phase}*: resolution {size[0]}x{size[1]}  scale {scale}')
+        self.say(f'\n{bold(f"Phase #{phase}")}: resolution {size[0]}x{size[1]}  scale {scale}')
         for layer in objective.style_layers:
             g, v = objective.style[layer].get_value(borrow=True), objective.keys[layer].get_value(borrow=True)
             self.say(f'  - Style layer {layer}: {(objective.patches(layer), v.shape[2], 3, 3)} patches '
@@ -1171,7 +1207,8 @@ class Journal:
 def progress_line(number, evaluation, error, seconds):
     """The line of an evaluation: losses divided by 1000, and how far the gradient has fallen."""
     def by_layer(kind, losses):
-        return f'   {kind} ' + '  '.join(f'{layer} {loss / 1000:.2e}' for layer, loss in losses.items()) if losses else ''
+        terms = '  '.join(f'{layer} {loss / 1000:.2e}' for layer, loss in losses.items())
+        return f'   {kind} {terms}' if losses else ''
     return (f'{number:>3}   loss {evaluation.total / 1000:.2e}' + by_layer('content', evaluation.content) +
             by_layer('style', evaluation.style) + f'   quality {100 - 100 * math.sqrt(error / 255):>4.1f}%'
             f'   time {seconds:.1f}s')
@@ -1182,21 +1219,23 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interrupt(number, frame):
-    """Signal handler: leave whatever runs, to save what there is."""
+    """Signal handler: leave whatever runs, to save what there is, once."""
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, signal.SIG_IGN)
     raise Interrupted(number)
 
 
 def run(arguments):
-    """The program, from options to result."""
+    """The program, from options to result; returns the exit code."""
     options = parse_options(arguments)
     import_pillow()
-    say('*Neural Doodle* for semantic style transfer.')
+    say(bold('Neural Doodle') + ' for semantic style transfer.')
     inputs, remarks = read_inputs(options)
     weights, remark = find_weights(options)
     used, trouble = import_theano(options.device)
     if trouble:
-        say(f'*WARNING: {options.device} cannot be used: {trouble}. Computing on the CPU instead. '
-            'FIX: check the driver and pygpu (README, Troubleshooting), or use --device=cpu.*')
+        say(bold(f'WARNING: {options.device} cannot be used: {trouble}. Computing on the CPU instead. '
+                 'FIX: check the driver and pygpu (README, Troubleshooting), or use --device=cpu.'))
     say(f'  - Using device `{used}` for processing the images.')
     random_seed = secrets.randbits(32) if options.random_seed is None else options.random_seed
     for line in remarks + [remark or f'Network {weights.kind} from `{weights.path}`.', f'Random seed {random_seed}.']:
@@ -1214,17 +1253,18 @@ def run(arguments):
         paint(objective, inputs, options, random_seed, journal)
     except Interrupted as signal_number:
         journal.bar.close()
-        saved = f'the image so far is in `{options.output}`' if journal.save() else 'there was nothing to save yet'
-        say(f'\n*Interrupted* after {journal.number} evaluations: {saved}.')
-        raise
+        saved = f'the image so far is in `{options.output}`' if journal.save() else 'there is nothing to save'
+        say(f'\n{bold("Interrupted")} after {journal.number} evaluations on device `{used}`: {saved}.')
+        return 128 + signal_number.args[0]
     except FloatingPointError:
         journal.bar.close()
         saved = f'the last good image is in `{options.output}`' if journal.save() else 'nothing was saved'
         raise UserError(f'The loss is no longer a number after {journal.number} evaluations; {saved}.',
                         'try smaller weights, or another --random-seed') from None
     journal.bar.close()
-    say(f'\n*Optimization finished in {time.time() - start:.1f}s*, average pixel error {journal.error:.1f}, '
+    say(f'\n{bold("Optimization finished")} in {time.time() - start:.1f}s, average pixel error {journal.error:.1f}, '
         f'on device `{used}`: `{options.output}`.')
+    return 0
 
 
 def main(arguments):
@@ -1235,14 +1275,16 @@ def main(arguments):
         if sys.version_info[:2] != (3, 11):
             raise UserError(f'This is Python {sys.version_info[0]}.{sys.version_info[1]}, and the program needs 3.11.',
                             'run it with python3.11, in docker, or with uv run')
-        run(arguments)
-        return 0
+        return run(arguments)
     except UserError as error:
         problem, fix = error.args
     except MemoryError:
         problem, fix = 'There is not enough memory.', 'more --slices, or a smaller --max-size'
-    except Interrupted as error:
-        return 128 + error.args[0]
+    except OSError as error:
+        problem, fix = f'{error.filename or "A file"}: {error.strerror}.', 'check the disk and its permissions'
+    except Interrupted as signal_number:
+        say(f'\n{bold("Interrupted")} before the first evaluation: there is nothing to save.')
+        return 128 + signal_number.args[0]
     print(f'ERROR: {problem}\n  FIX: {fix}.', file=sys.stderr)
     return 2
 

@@ -114,7 +114,10 @@ def images(argv):
     width, height = (content or content_map or style).size
     if 'output_size' in o:    # meant to be WIDTHxHEIGHT, but the original took it for ROWSxCOLUMNS
         height, width = map(int, o['output_size'].split('x'))
-    start = scaled(content) if o['seed'] == 'content' else scaled(read(o['seed']), (width, height), Image.BICUBIC)
+    if o['seed'] == 'content':
+        start = scaled(content)
+    else:
+        start = scaled(read(o['seed']), (width, height), Image.BICUBIC)
     return SimpleNamespace(start=start[:, :, ::-1].transpose(2, 0, 1).astype(float),
                            **{name: image and scaled(image) for name, image in (
                                ('content', content), ('content_map', content_map),

@@ -1,0 +1,60 @@
+"""What is said twice is the same: README, --help, requirements.txt and the script's own metadata."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / 'README.md').read_text()
+
+
+def command(section):
+    """The shell line of a section of the README."""
+    return re.search(rf'^## {section}\n(?:.*\n)*?    (.+)\n', README, re.MULTILINE).group(1)
+
+
+def test_option_tables_are_those_of_help():  # fault 13
+    """Each row of --help stands in the README with the same value, default and meaning, and no other does."""
+    text = subprocess.run([sys.executable, ROOT / 'doodle.py', '--help'], capture_output=True, text=True, check=True,
+                          env={'COLUMNS': '200'}).stdout
+    in_help = {}
+    for flag, value, meaning, default in re.findall(
+            r'^  (--\S+) (\S+)\s+(.+?)(?: \(default: (.+)\))?$', text, re.MULTILINE):
+        in_help[f'{flag}={value}'] = (f'`{default}`' if default else 'none', meaning)
+    in_readme = {option.replace('\\|', '|'): (default, meaning) for option, default, meaning in
+                 re.findall(r'^\| `(--\S+)` \| (\S+) \| (.+) \|$', README, re.MULTILINE)}
+    assert len(in_help) > 20 and in_readme == in_help
+
+
+def test_requirements_are_the_pins_of_the_script():
+    required = re.findall(r'^([^#\s].*)$', (ROOT / 'requirements.txt').read_text(), re.MULTILINE)
+    block = re.search(r'^# /// script\n(.*?)^# ///$', (ROOT / 'doodle.py').read_text(), re.MULTILINE | re.DOTALL)
+    assert required == re.findall(r'"([^"]+==[^"]+)",', block.group(1)) and all('==' in pin for pin in required)
+
+
+def test_first_command_runs_the_sample_and_the_second_the_tests():
+    first, second = command('Run'), command('Test')
+    for line in (first, second):
+        assert 'g++ python3-dev python3-venv' in line and 'venv .venv' in line and '-r requirements.txt' in line
+    arguments = first.split('doodle.py ')[1].split()
+    for path in arguments[1:4:2]:
+        assert (ROOT / path).is_file(), path
+    assert second.endswith('.venv/bin/python -m pytest tests')
+
+
+def test_ci_runs_the_second_command():
+    printed = subprocess.run(['sed', '-n', r'/^## Test/,/^## /s/^    //p', ROOT / 'README.md'], capture_output=True,
+                             text=True, check=True).stdout
+    assert printed == command('Test') + '\n' and "'/^## Test/,/^## /s/^    //p'" in (ROOT / '.ci/run').read_text()
+
+
+def test_every_link_leads_to_a_file():
+    for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', README):
+        assert (ROOT / target).exists(), target
+
+
+def test_troubleshooting_names_messages_that_the_program_has():
+    script = (ROOT / 'doodle.py').read_text()
+    for message in ('There is no g++', "Python's headers are missing", 'There is not enough memory', 'cannot be used'):
+        assert message in README and message in script
+    assert README.count('FIX: ') >= 8
