@@ -39,7 +39,10 @@ Papers:
 """
 import argparse
 import bz2
+import contextlib
+import fcntl
 import hashlib
+import http.client
 import importlib
 import json
 import logging
@@ -56,6 +59,8 @@ import sysconfig
 import tempfile
 import time
 import types
+import urllib.parse
+import urllib.request
 import warnings
 from collections import namedtuple
 
@@ -127,6 +132,13 @@ def colours(text):
     return low, high
 
 
+def network(text):
+    """``vgg19`` or ``vgg16``."""
+    if text not in ('vgg19', 'vgg16'):
+        raise argparse.ArgumentTypeError(f'{text!r} is neither vgg19 nor vgg16')
+    return text
+
+
 def device(text):
     """``cpu``, ``gpuN``, or Theano's own ``cudaN`` and ``openclN:M``; ``gpuN`` means Theano's ``cudaN``."""
     if not re.fullmatch(r'cpu|(gpu|cuda)\d*|opencl\d+:\d+', text):
@@ -166,6 +178,7 @@ OPTIONS = {
     ),
     'machine and files': (
         ('--device',          device,  'cpu',        'DEVICE', 'cpu, gpu0, gpu1, ..; also cuda0, opencl0:0'),
+        ('--network',         network, None,         'NAME',   'vgg19 or vgg16; by default the best that can be had'),
         ('--weights',         str,     None,         'PATH',   'the network: vgg19_conv.pkl.bz2, a Keras .h5, or .npz'),
         ('--print-every',     whole,   '10',         'N',      'print a line every N evaluations; 0: never'),
         ('--save-every',      whole,   '10',         'N',      'write a frame every N evaluations; 0: never'),
@@ -457,14 +470,15 @@ def read_inputs(options):
         remarks.append('No content picture: the result depends on style, map and seed only.')
     size = options.output_size or (style if shape is None else shape).shape[1::-1]
 
+    # A style layer needs one 3x3 patch, a content layer one pixel, in the smallest phase.
+    least, layer = max((2 ** (int(layer[0]) - 1) * (3 if layer in options.style_layers else 1), layer)
+                       for layer in options.style_layers + options.content_layers)
     for name, (width, height) in (('result', size), ('style picture', style.shape[1::-1])):
-        for layer in options.style_layers + options.content_layers:
-            least = (3 if layer in options.style_layers else 1) * 2 ** (int(layer[0]) - 1)
-            if min(phase_size((width, height), 0, options.phases)) < least:
-                fits = int(math.log2(max(1, min(width, height) / least)))
-                raise UserError(f'The {name}, {width}x{height}, is too small for conv{layer} in the first '
-                                f'of {options.phases} phases, where its sides must be {least} or more.',
-                                f'--phases={fits + 1}' if min(width, height) >= least else 'use a larger picture')
+        if min(phase_size((width, height), 0, options.phases)) < least:
+            fits = int(math.log2(max(1, min(width, height) / least))) + 1
+            raise UserError(f'The {name}, {width}x{height}, is too small for conv{layer} in the first of '
+                            f'{options.phases} phases, where its sides must be {least} or more.',
+                            f'--phases={fits}' if min(width, height) >= least else 'use a larger picture')
     return Inputs(content, content_map, style, style_map, seed, size), remarks
 
 
@@ -514,6 +528,13 @@ BLOCKS = {'vgg19': (2, 2, 4, 4, 4), 'vgg16': (2, 2, 3, 3, 3)}         # convolut
 WIDTHS = (64, 128, 256, 512, 512)                                     # their filters
 FIRST = {'vgg19': (0.341195, 0.339992, -0.0448442),                   # the first row of conv1_1, as correlation on BGR,
          'vgg16': (0.4294706, 0.3734670, -0.0613601)}                 # tells how the colours and filters of a file lie
+
+# VGG19 as Keras publishes it. Hosts vanish: a file is known by its size and checksum, not by its address.
+KERAS = {'file': 'vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5', 'bytes': 80_134_624,
+         'md5': '253f8cb515780f3b799900260a226db6'}
+ADDRESSES = ('https://storage.googleapis.com/tensorflow/keras-applications/vgg19/',
+             'https://github.com/fchollet/deep-learning-models/releases/download/v0.1/')
+PATIENCE = 10                                                         # seconds without a word, then the next address
 
 # A pre-trained network: its kind, {'1_1': (W, b), ...} as cross-correlation on BGR, where it is from, its checksum.
 Weights = namedtuple('Weights', 'kind layers path sha256')
@@ -622,18 +643,96 @@ def read_weights(path):
     return Weights(kind, {name: layers[name] for name in names}, path, checksum), remark
 
 
+def download(address, part):
+    """Fetch the Keras file to `part`, going on where an earlier attempt broke off; OSError if it is not that file."""
+    from tqdm import tqdm
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    if have < KERAS['bytes']:
+        request = urllib.request.Request(address, headers={'Range': f'bytes={have}-'} if have else {})
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+            have = have if response.status == 206 else 0
+            with open(part, 'ab' if have else 'wb') as file, \
+                    tqdm(total=KERAS['bytes'], initial=have, unit='B', unit_scale=True, desc='VGG19',
+                         disable=not sys.stderr.isatty()) as bar:
+                while file.tell() <= KERAS['bytes'] and (piece := response.read(1 << 16)):
+                    bar.update(file.write(piece))
+    if os.path.getsize(part) < KERAS['bytes']:
+        raise OSError('the connection broke off')                       # what came is kept for the next attempt
+    with open(part, 'rb') as file:
+        if hashlib.file_digest(file, 'md5').hexdigest() != KERAS['md5']:
+            os.unlink(part)
+            raise OSError('it sent something else')
+
+
+def fetch_vgg19():
+    """The path of VGG19 as .npz in the cache folder, fetched and converted the first time.
+
+    ``DOODLE_ADDRESSES`` may name more folders on the net, with spaces between, which are tried first.
+
+    Raises
+    ------
+    OSError
+        No address gave the file; the message tells why, for each.
+    """
+    folder = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'neural-doodle')
+    path, part = os.path.join(folder, 'vgg19.npz'), os.path.join(folder, KERAS['file'] + '.part')
+    if os.path.exists(path):
+        return path
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, 'lock'), 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)                                # of several runs at once one fetches
+        troubles = []
+        for address in (*os.environ.get('DOODLE_ADDRESSES', '').split(), *ADDRESSES):
+            if os.path.exists(path):
+                break
+            say(f'  - Fetching VGG19 from {address} ..')
+            try:
+                download(address + KERAS['file'], part)
+            except (OSError, http.client.HTTPException) as error:       # URLError and timeouts are OSErrors
+                troubles.append(f'{urllib.parse.urlsplit(address).netloc}: {error}')
+                continue
+            arrays = {f'conv{name}.{kind}': array for name, pair in read_h5(part).items()
+                      for kind, array in zip('Wb', pair)}
+            with written_whole(path) as file:
+                np.savez(file, **arrays)
+            os.unlink(part)
+    if not os.path.exists(path):
+        raise OSError('; '.join(troubles))
+    return path
+
+
 def find_weights(options):
-    """The weights asked for, else the original's file beside the script or in this folder, else the bundled VGG16."""
+    """The weights asked for with --weights or --network, else the best there are.
+
+    These are the original's file beside the script or in this folder, VGG19 from the cache or the net, and at last the
+    bundled VGG16.
+
+    Returns
+    -------
+    weights : Weights
+    remark : str or None
+    """
     here = os.path.dirname(os.path.abspath(__file__))
-    places = [os.path.join(here, 'vgg19_conv.pkl.bz2'), 'vgg19_conv.pkl.bz2', os.path.join(here, 'vgg16.npz')]
-    path = options.weights or next(filter(os.path.exists, places), places[-1])
-    weights, remark = read_weights(path)
+    places = [os.path.join(here, 'vgg19_conv.pkl.bz2'), 'vgg19_conv.pkl.bz2']
+    path, trouble = options.weights, None
+    if not path and options.network != 'vgg16':
+        path = next(filter(os.path.exists, places), None)
+        try:
+            path = path or fetch_vgg19()
+        except OSError as error:
+            trouble = f'VGG19 cannot be fetched ({error})'
+            if options.network == 'vgg19':
+                raise UserError(trouble + '.', f"put {KERAS['file']} here and name it with --weights") from None
+    bundled = os.path.join(here, 'vgg16.npz')
+    weights, remark = read_weights(path or bundled)
+    if options.network not in (None, weights.kind):
+        raise UserError(f'{weights.path!r} is {weights.kind}, not {options.network}.', 'change --weights or --network')
     for layer in options.style_layers + options.content_layers:
         if layer not in weights.layers:
-            raise UserError(f'{path!r} has no conv{layer}: it ends at conv{list(weights.layers)[-1]}.',
+            raise UserError(f'{weights.path!r} has no conv{layer}: it ends at conv{list(weights.layers)[-1]}.',
                             'choose other layers, or a larger network with --weights')
-    if path == places[-1] and not options.weights:
-        remark = 'No vgg19_conv.pkl.bz2 here: using the bundled VGG16; --weights PATH takes another network.'
+    if trouble:
+        remark = bold(f'WARNING: {trouble}: using the bundled VGG16. FIX: --weights PATH, or --network=vgg16.')
     return weights, remark
 
 
@@ -1090,22 +1189,29 @@ def paint(objective, inputs, options, random_seed, journal):
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
-def write_picture(pixels, path):
-    """Write (H, W, 3) uint8 pixels; the file appears whole or not at all."""
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """A binary file that appears at `path` whole, at the end of the block, or not at all."""
     folder, name = os.path.split(path)
     handle, temporary = tempfile.mkstemp(dir=folder or '.', prefix=f'.{name}.')
     try:
         with os.fdopen(handle, 'wb') as file:
-            Image.fromarray(np.ascontiguousarray(pixels)).save(file, format=image_format(path), quality=95)
-        os.chmod(temporary, 0o666 & ~UMASK)
+            yield file
+        os.chmod(temporary, 0o666 & ~UMASK)                             # mkstemp's files are for their owner alone
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
 
 
-UMASK = os.umask(0)
-os.umask(UMASK)
+def write_picture(pixels, path):
+    """Write (H, W, 3) uint8 pixels, in the format that the ending of `path` stands for."""
+    with written_whole(path) as file:
+        Image.fromarray(np.ascontiguousarray(pixels)).save(file, format=image_format(path), quality=95)
 
 
 def claim_frames(folder):
