@@ -1071,7 +1071,7 @@ class Objective:
             The loss or its gradient is not finite.
         """
         start, matched, x = time.perf_counter(), self.matching_seconds(), np.float32(x)
-        if self.fresh and self.options.variety:
+        if self.fresh and self.options.variety and not self.options.cache:
             self.matching(x)                                            # to know which patches are used much
         *terms, gradient = (self.matching if self.fresh else self.cached)(x)
         self.fresh = False

@@ -263,8 +263,8 @@ class Twin:
                                                                         self.content_weight)
         losses['smooth_img'], gradient = smoothness_loss(x, self.smoothness)
         for layer in self.style_layers:
-            if self.variety and layer not in self.matches:
-                self.match(layer, f[layer])    # warms the history up
+            if self.variety and layer not in self.matches and not self.cache:
+                self.match(layer, f[layer])    # warms the history up; with a cache that one pass is the only one
             if not (self.cache and layer in self.matches):
                 self.matches[layer] = self.match(layer, f[layer])
             matched = self.style_patches[layer][self.matches[layer]]    # (M, C, 3, 3)
