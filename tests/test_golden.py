@@ -18,21 +18,23 @@ def objective_for(doodle):
     """Objectives by what their graph depends on, since compiling one takes seconds."""
     made = {}
 
-    def objective(kind, options, inputs):
+    def objective(kind, options, inputs, fast):
         maps = inputs.style_map is not None
-        key = (kind, inputs.content is not None and options.content_weight > 0, options.style_weight > 0, maps,
+        key = (fast, kind, inputs.content is not None and options.content_weight > 0, options.style_weight > 0, maps,
                options.variety > 0, options.cache, *options.style_layers)
         if key not in made:
             layers = {name[4:]: pair for name, pair in golden_data.weights(kind).items()}
             weights = doodle.Weights('vgg19', layers, kind, '')
-            made[key] = doodle.Objective(weights, options, inputs.content is not None, maps)
+            made[key] = doodle.Objective(weights, options, inputs.content is not None, maps, fast)
         made[key].options = options
         return made[key]
     return objective
 
 
+@pytest.mark.parametrize('fast', [True, False], ids=['engine', 'plain'])
 @pytest.mark.parametrize('name', names('fake') + names('real'))
-def test_the_program_is_the_twin_and_within_1_percent_of_the_original(doodle, objective_for, name, tmp_path, monkeypatch):
+def test_the_program_is_the_twin_and_within_1_percent_of_the_original(doodle, objective_for, name, fast, tmp_path,
+                                                                      monkeypatch):
     kind, golden = name.split('/')[0], run(name)
     for path in golden_data.FOLDER.glob('*.png'):
         shutil.copy(path, tmp_path)
@@ -40,7 +42,7 @@ def test_the_program_is_the_twin_and_within_1_percent_of_the_original(doodle, ob
     argv = [option.replace('64x56', '56x64') for option in golden.argv]   # the original read rows x columns: fault 5
     options = doodle.parse_options(argv)
     inputs, _ = doodle.read_inputs(options)
-    objective = objective_for(kind, options, inputs)
+    objective = objective_for(kind, options, inputs, fast)
 
     size = doodle.phase_size(inputs.size, 0, options.phases)
     style_size = doodle.phase_size(inputs.style.shape[1::-1], 0, options.phases)
@@ -61,7 +63,9 @@ def test_the_program_is_the_twin_and_within_1_percent_of_the_original(doodle, ob
     for key, loss in expected.items():
         assert losses[key] == pytest.approx(loss, rel=1e-5, abs=1e-9 * total), key
     assert ours.total == pytest.approx(total, rel=1e-5)
-    assert np.linalg.norm(ours.gradient - gradient) <= 1e-3 * np.linalg.norm(gradient)
+    # A single rectifier on the other side of 0 moves a gradient of so small a picture by up to 2e-3; with the engine's
+    # rounding, 3e-6 of the maximum, that happens once (conv2_1 of phases2).
+    assert np.linalg.norm(ours.gradient - gradient) <= (2e-3 if fast else 1e-3) * np.linalg.norm(gradient)
 
     f = features(twin.weights, x, twin.last)
     for layer, best in matches.items():
