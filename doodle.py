@@ -1292,7 +1292,7 @@ static void pack(const float *v, long w, long D, float *B) {
 }
 
 /* The scores of a row of patches i with one of patches j, from the products P[y] (W, ld) of their rows of pixels. best
-   and match belong to the i, history and penalty to the j: `first` is its first, and past its last penalty is infinite. */
+   and match belong to the i, history and penalty to the j, of which `first` is the first; penalty ends in infinity. */
 static void score(const float *const *P, long W, long w, long ld, float *space, const float *penalty, long first,
                   float *best, npy_int64 *match, float *history) {
     float *column[3], *S = space + 3 * (ld + LANES);                  /* column: summed over y; S: and over x */
@@ -1430,8 +1430,8 @@ def define_ops():
     class Convolution(Compiled):
         """The rectified 'same' convolution with 3x3 filters, or its gradient, by Winograd's F(4x4, 3x3) [LG15].
 
-        A tile of 4x4 pixels is made of 6x6 pixels of the input; that takes 36 products of (tiles, C) and (C, K) matrices
-        where it would be 144. The gradient with respect to the input, the only one there is, is the convolution with
+        A tile of 4x4 pixels is made of 6x6 pixels of the input; that takes 36 products of (tiles, C) and (C, K)
+        matrices where it would be 144. The gradient with respect to the input, the only one there is, is the convolution with
         transposed and turned filters.
 
         Parameters
@@ -1484,7 +1484,7 @@ def define_ops():
         code = MATCHING
 
         def make_node(self, u, v, *penalty):
-            """With `penalty` ((h - 2) (w - 2),) there is a second output: of every j the largest S(i, j), penalty apart."""
+            """With `penalty` ((h - 2) (w - 2),) there is a second output: the largest S(i, j) of each j, without it."""
             return self.apply((u, v, *penalty), (3, 3, 1), [T.lvector()] + [T.fvector() for _ in penalty])
 
         def infer_shape(self, node, shapes):
@@ -1522,7 +1522,7 @@ def fast_match(u, v, slices, variety=None, history=None):
     """What `match` gives; of the products only three rows by one row are alive at a time, so there are no slices."""
     if history is None:
         return Matching()(u, v), None
-    matches, best = Matching()(u, v, 9 * variety * history)
+    matches, best = Matching()(u, v, np.float32(9) * variety * history)
     return matches, best / np.float32(9)
 
 

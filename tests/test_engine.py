@@ -1,0 +1,119 @@
+"""The engine's two Ops against the plain formulas and against brute force, over odd, prime and tiny shapes."""
+import numpy as np
+import pytest
+
+import twin
+from conftest import ROOT
+from golden_data import FOLDER
+
+SIZES = [(1, 1), (1, 9), (2, 3), (4, 4), (5, 9), (31, 37), (23, 101)]
+FILTERS = [(3, 64, False), (64, 3, False), (5, 7, True), (17, 33, False), (31, 100, True), (1, 1, False)]
+
+
+def normal(rng, *shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize('C, K, pool', FILTERS)
+def test_convolution_and_its_gradient_are_those_of_the_plain_graph(doodle, C, K, pool):
+    rng, theano, T = np.random.default_rng(C), doodle.theano, doodle.T
+    W, b, x, weight = normal(rng, K, C, 3, 3), normal(rng, K), T.tensor3(), T.tensor3()
+    ours = doodle.fast_convolution(W, b, pool)(x.dimshuffle('x', 2, 0, 1)).dimshuffle(2, 3, 1)
+    f = theano.function([x, weight], [ours, theano.grad(T.sum(ours * weight), x), ours.shape])
+    for H, width in SIZES:
+        p, q = normal(rng, H, width, C), normal(rng, H >> pool, width >> pool, K)           # image, weight of output
+        y, dx, shape = f(p, q)
+        assert tuple(shape) == y.shape == q.shape and dx.shape == p.shape
+        assert all((once == again).all() for once, again in zip((y, dx), f(p, q))), 'not repeatable'
+        image = np.moveaxis(p, 2, 0).astype(float)
+        pooled = twin.average_pool(image) if pool else image
+        expected = np.maximum(twin.conv2d(pooled, W.astype(float), b), 0) if q.size else np.zeros((K, *q.shape[:2]))
+        np.testing.assert_allclose(np.moveaxis(y, 2, 0), expected, atol=3e-5 * max(1e-6, expected.max(initial=0)))
+        if ((np.moveaxis(y, 2, 0) > 0) == (expected > 0)).all():                            # no rectifier flipped
+            back = np.zeros_like(image)
+            if q.size:
+                back = twin.conv2d_backward(np.moveaxis(q, 2, 0) * (expected > 0), W.astype(float))
+                back = twin.average_pool_backward(back, image.shape) if pool else back
+            np.testing.assert_allclose(np.moveaxis(dx, 2, 0), back, atol=3e-5 * max(1e-6, np.abs(back).max()))
+
+
+def test_convolution_refuses_what_does_not_fit(doodle):
+    rng, x = np.random.default_rng(0), doodle.T.tensor3()
+    f = doodle.theano.function([x], doodle.fast_convolution(normal(rng, 4, 3, 3, 3), normal(rng, 4), False)(
+        x.dimshuffle('x', 2, 0, 1)))
+    with pytest.raises(ValueError):
+        f(normal(rng, 6, 6, 5))
+
+
+@pytest.fixture(scope='module')
+def found(doodle):
+    """Matches, and with a history the new one, by arrays u (H, W, D), v (h, w, D) and variety 0.3."""
+    u, v, history = doodle.T.tensor3(), doodle.T.tensor3(), doodle.T.vector()
+    plain = doodle.theano.function([u, v], doodle.fast_match(u, v, 1)[0])
+    varied = doodle.theano.function([u, v, history], doodle.fast_match(u, v, 1, np.float32(0.3), history))
+    return lambda u, v, *history: varied(u, v, *history) if history else plain(u, v)
+
+
+def brute_force(u, v):
+    """S (M, N) of style patch j and image patch i, from (H, W, D) and (h, w, D)."""
+    return twin.scores(np.moveaxis(v, 2, 0).astype(float) / 3, np.moveaxis(u, 2, 0).astype(float) / 3)
+
+
+@pytest.mark.parametrize('H, W, h, w, D', [
+    (3, 3, 3, 3, 1), (3, 4, 5, 3, 2), (7, 3, 3, 11, 5), (13, 17, 11, 19, 7), (23, 31, 29, 37, 67), (5, 67, 7, 66, 259),
+    (17, 18, 19, 65, 3), (17, 80, 19, 81, 30), (3, 131, 61, 3, 13), (64, 3, 3, 130, 515)])
+def test_matches_and_history_are_those_of_brute_force(found, H, W, h, w, D):
+    rng = np.random.default_rng(D)
+    u, v = (a / np.linalg.norm(a, axis=2, keepdims=True) for a in (normal(rng, H, W, D), normal(rng, h, w, D)))
+    history, S, i = np.float32(rng.random((h - 2) * (w - 2))), brute_force(u, v), np.arange((H - 2) * (W - 2))
+    assert (S.max(axis=0) - S[found(u, v), i]).max() < 1e-6
+    matches, new = found(u, v, history)
+    S_varied = S - 0.3 * history[:, None]
+    assert (S_varied.max(axis=0) - S_varied[matches, i]).max() < 1e-6
+    np.testing.assert_allclose(new, S.max(axis=1), atol=1e-6)
+
+
+def test_of_equal_scores_the_first_wins(found):
+    rng = np.random.default_rng(0)
+    u, v = (np.float32(rng.integers(0, 2, shape)) for shape in ((13, 17, 5), (11, 19, 5)))  # sums of ones are exact
+    assert (found(u, v) == brute_force(u, v).argmax(axis=0)).all()
+
+
+def test_a_patch_that_matches_nothing_takes_the_first(found):
+    u, v = np.zeros((4, 5, 3), np.float32), np.ones((6, 7, 3), np.float32)
+    assert not found(u, v).any() and not found(u * np.nan, v).any()
+
+
+def test_matching_refuses_what_has_no_patch_or_does_not_fit(found):
+    for u, v in (((2, 5, 3), (5, 5, 3)), ((5, 5, 3), (5, 2, 3)), ((5, 5, 3), (5, 5, 4))):
+        with pytest.raises(ValueError):
+            found(np.ones(u, np.float32), np.ones(v, np.float32))
+
+
+def test_a_whole_run_is_that_of_the_plain_formulas(doodle):
+    """60 evaluations: at every image the engine's losses, matches and gradient are those of the plain graph."""
+    weights, _ = doodle.read_weights(str(ROOT / 'vgg16.npz'))
+    options = doodle.parse_options([f'--style={FOLDER / "face_style.png"}', f'--content={FOLDER / "face_content.png"}',
+                                    '--seed=content', f'--output={FOLDER / "none.png"}', '--variety=0.1', '--slices=3'])
+    inputs, _ = doodle.read_inputs(options)
+    size, style_size = (48, 56), (62, 54)
+    content, style = (doodle.planes(doodle.resized(picture, to, doodle.Image.LANCZOS))
+                      for picture, to in ((inputs.content, size), (inputs.style, style_size)))
+    engine, plain = (doodle.Objective(weights, options, True, True, fast) for fast in (True, False))
+    for objective in (engine, plain):
+        objective.set_phase(content, style, inputs.content_map, inputs.style_map, size)
+    compared = 0
+
+    def evaluate(x):
+        nonlocal compared
+        ours, theirs = engine(x), plain(x)
+        assert ours.content['4_2'] == pytest.approx(theirs.content['4_2'], rel=1e-5, abs=1e-6 * ours.total)
+        for layer, matches in engine.matches.items():
+            differ = matches.get_value() != plain.matches[layer].get_value()
+            assert differ.mean() <= 0.01, 'more than ties'
+            if not differ.any():
+                assert ours.style[layer] == pytest.approx(theirs.style[layer], rel=1e-5)
+                compared += 1
+        return ours.total, ours.gradient
+    doodle.minimise(evaluate, content + np.random.default_rng(0).normal(size=content.shape), 60, lambda x: None)
+    assert compared > 100                                                                   # of 60 images in 2 layers
