@@ -224,9 +224,17 @@ def parse_options(arguments):
             group.add_argument(flag, type=kind, default=default, metavar=value,
                                help=meaning + (f' (default: {default})' if default else ''))
     options = parser.parse_args(arguments)
+    for flag, kind, *_ in sum(OPTIONS.values(), ()):
+        if kind is str and flag != '--semantic-ext' and getattr(options, flag[2:].replace('-', '_')) == '':
+            raise UserError(f'{flag} is empty.', 'give a path, or leave it out')
     if not options.style:
         raise UserError('No style picture was given.', f'add --style PATH; to see one at work: {SAMPLE}')
     return options
+
+
+def one_line(error):
+    """What an exception says, in one line without a full stop."""
+    return ' '.join(str(error).split()).rstrip('.') or type(error).__name__
 
 
 def say(text=''):
@@ -294,10 +302,10 @@ def read_picture(path):
                 grey = np.asarray(picture, dtype=np.float64)
                 grey = grey / 257 if picture.mode.startswith('I;16') or grey.max() > 255 else grey
                 return np.repeat(np.uint8(np.clip(grey + .5, 0, 255))[:, :, None], 3, axis=2)
-            return np.asarray(picture.convert('RGB'))
+            return np.asarray(picture.convert('RGBA').convert('RGB'))  # some modes have no direct way to RGB
     except Exception as error:  # Pillow's plugins raise whatever broken files make them raise
-        reason = str(error).split('\n')[0] or type(error).__name__
-        raise UserError(f'{path!r} cannot be read as a picture: {reason}', 'open it and save it again as PNG') from None
+        raise UserError(f'{path!r} cannot be read as a picture: {one_line(error)}.',
+                        'open it and save it again as PNG') from None
 
 
 def resized(pixels, size, method):
@@ -671,7 +679,7 @@ def read_weights(path):
         layers = {name: tuple(np.asarray(array, dtype=np.float32) for array in pair)
                   for name, pair in reader(path).items()}
     except Exception as error:  # a broken file can raise anything in the libraries that read it
-        raise UserError(f'{path!r} cannot be read as weights: {str(error) or type(error).__name__}.', fix) from None
+        raise UserError(f'{path!r} cannot be read as weights: {one_line(error)}.', fix) from None
 
     kind = 'vgg19' if '3_4' in layers else 'vgg16'
     names, channels = layer_names(kind), 3
@@ -846,6 +854,8 @@ def import_theano(device):
     flags = {'floatX': 'float32', 'device': 'cpu', 'dnn.enabled': 'False', 'print_active_device': 'False'}
     if 'blas.ldflags' not in user:
         flags.update(blas_flags())
+    if 'gcc.cxxflags' in user:                                         # adds to ours, without which BLAS has no names
+        flags['gcc.cxxflags'] = user['gcc.cxxflags'] = f"{flags.get('gcc.cxxflags', '')} {user['gcc.cxxflags']}".strip()
     if not os.access(os.path.expanduser('~'), os.W_OK):
         flags['base_compiledir'] = os.path.join(tempfile.gettempdir(), f'theano-{os.getuid()}')
     os.environ['THEANO_FLAGS'] = ','.join(f'{key}={value}' for key, value in {**flags, **user}.items())
@@ -879,7 +889,7 @@ def import_theano(device):
             theano.gpuarray.use(device, force=True)
             return device, None
         except Exception as error:  # libgpuarray's own errors, and whatever loading it may raise
-            return 'cpu', str(error).split('\n')[0] or type(error).__name__
+            return 'cpu', f'{device} cannot be used: {one_line(error)}'
 
 
 # ---- network ---------------------------------------------------------------------------------------------------------
@@ -1431,7 +1441,7 @@ def define_ops():
         """The rectified 'same' convolution with 3x3 filters, or its gradient, by Winograd's F(4x4, 3x3) [LG15].
 
         A tile of 4x4 pixels is made of 6x6 pixels of the input; that takes 36 products of (tiles, C) and (C, K)
-        matrices where it would be 144. The gradient with respect to the input, the only one there is, is the convolution with
+        matrices where it would be 144. The gradient, with respect to the input alone, is the convolution with
         transposed and turned filters.
 
         Parameters
@@ -1902,14 +1912,15 @@ def run(arguments):
     weights, remark = find_weights(options)
     used, trouble = import_theano(options.device)
     if trouble:
-        say(bold(f'WARNING: {options.device} cannot be used: {trouble}. Computing on the CPU instead. '
+        say(bold(f'WARNING: {trouble}. Computing on the CPU instead. '
                  'FIX: check the driver and pygpu (README, Troubleshooting), or use --device=cpu.'))
     say(f'  - Using device `{used}` for processing the images.')
-    random_seed = secrets.randbits(32) if options.random_seed is None else options.random_seed
+    random_seed = secrets.randbelow(10 ** 9) if options.random_seed is None else options.random_seed
     for line in remarks + [remark or f'Network {weights.kind} from `{weights.path}`.', f'Random seed {random_seed}.']:
         say(f'  - {line}')
     say('  - Compiling, which takes a minute the first time..')
     objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, used == 'cpu')
+    weights = weights._replace(layers=None)                             # the network has its own
 
     journal = Journal(options, inputs.size, dict(
         device=used, network=weights.kind, weights=dict(path=weights.path, sha256=weights.sha256),
