@@ -512,7 +512,7 @@ def mounts():
 
 def mount_of(path):
     """The mounted folder on which `path` lies, or None."""
-    path = os.path.realpath(path)
+    path = os.path.realpath(path) + '/'
     return max((point for point in mounts() or () if path.startswith(point + '/')), key=len, default=None)
 
 
@@ -530,7 +530,7 @@ def place_output(options):
     """
     options.copy = None
     if mounts() is not None and not mount_of(options.output):
-        folders = [folder for folder in (mount_of(os.path.join(options.frames, '')), *mounts())
+        folders = [folder for folder in (mount_of(options.frames), *mounts())
                    if folder and os.access(folder, os.W_OK)]
         if folders:
             options.copy = os.path.join(folders[0], os.path.basename(options.output))
@@ -822,13 +822,26 @@ def blas_flags():
 
 
 class NoProps(tuple):
-    """An empty ``__props__`` that is true; for Theano a false one has no version and is compiled at each start."""
+    """An empty ``__props__`` that is true: for Theano a false one has no version and is compiled at each start."""
 
     def __bool__(self):
         return True
 
     def __reduce__(self):
         return tuple, ()
+
+
+def keep_compiled_code():
+    """Let Theano find all that it compiled in an earlier process, where by itself it compiles some Ops each time."""
+    ops = [theano.gof.Op]
+    for op in ops:
+        ops += op.__subclasses__()
+        if vars(op).get('__props__') == ():
+            op.__props__ = NoProps()
+
+    def version(op):                                                    # Theano's own is hash(), another in each process
+        return (zlib.crc32(''.join(op.func_codes).encode()),)
+    theano.gof.op.COp.c_code_cache_version = version
 
 
 def import_theano(device):
@@ -874,11 +887,7 @@ def import_theano(device):
         sys.modules[downsample.__name__] = theano.tensor.signal.downsample = downsample
         import lasagne
         define_ops()
-        ops = [theano.gof.Op]
-        for op in ops:
-            ops += op.__subclasses__()
-            if vars(op).get('__props__') == ():
-                op.__props__ = NoProps()
+        keep_compiled_code()
         from scipy import optimize
         from tqdm import tqdm
         if device == 'cpu':
@@ -1408,8 +1417,10 @@ def winograd(W):
 
 
 def define_ops():
-    """The two Ops, as soon as there is Theano to derive them from."""
+    """The two Ops, as soon as there is Theano to derive them from; once, since they are pickled by name."""
     global Convolution, Matching
+    if 'Matching' in globals():
+        return
 
     class Compiled(theano.Op):
         """An Op on float32 arrays, whose code is compiled with OpenMP; OMP_NUM_THREADS and the CPU set are heeded."""

@@ -1,0 +1,51 @@
+"""What the tests share: the program as a module, as a process, and as it answers mistakes."""
+import importlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ['https_proxy'] = 'http://127.0.0.1:9'    # no test reaches the net
+
+
+@pytest.fixture(scope='session')
+def doodle():
+    """The program's functions, with NumPy, Pillow and Theano imported."""
+    module = importlib.import_module('doodle')
+    module.import_pillow()
+    with mock.patch.dict(os.environ):    # THEANO_FLAGS of this process are no wish of the user's in those of `run`
+        module.import_theano('cpu')
+    return module
+
+
+@pytest.fixture(scope='session')
+def run():
+    """The program as a process: run(folder, '--style=a.png', ..., NAME='value of the environment')."""
+    def run(folder, *arguments, **environment):
+        return subprocess.run([sys.executable, ROOT / 'doodle.py', *arguments], cwd=folder, timeout=600, text=True,
+                              env=os.environ | environment, capture_output=True)
+    return run
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch):
+    """The problem and the fix that the program answers to a mistake, before any work: refused('--style=a.png', ...)."""
+    program = importlib.import_module('doodle')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(program, 'import_theano', lambda device: pytest.fail('not refused'))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def refused(*arguments):
+        assert program.main(list(map(str, arguments))) == 2
+        problem, fix = re.fullmatch(r'ERROR: (.+)\n  FIX: (.+)\n', capsys.readouterr().err).groups()    # no third line
+        return problem, fix
+    yield refused
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

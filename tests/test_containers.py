@@ -1,0 +1,270 @@
+"""The Dockerfile, built and run with podman, as a caller would with docker. Takes some minutes and 3 GB in /var/tmp.
+
+No registry of images is needed: the base image is made with debootstrap. What this machine needs to reach its package
+registries (certificates, pip's settings) is mounted into the builds, so that none of it is in the Dockerfile.
+Set DOODLE_CONTAINERS to a folder to keep the images there for the next time.
+"""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CALLER = 1234
+FACES = '--style=samples/astronaut.png --content=samples/hopper.png'.split()
+QUICK = '--max-size=96 --phases=1 --iterations=1'.split()
+
+
+def run(*command, **options):
+    """What a command says, stdout and stderr together, and its exit code."""
+    done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    return done.stdout, done.returncode
+
+
+def checked(*command, **options):
+    said, code = run(*command, **options)
+    assert code == 0, said
+    return said
+
+
+def tool(name):
+    """A command of this Python's environment, or else of the machine."""
+    path = shutil.which(name, path=os.path.dirname(sys.executable) + os.pathsep + os.environ['PATH'])
+    return path or pytest.skip(f'there is no {name}')
+
+
+@pytest.fixture(scope='module')
+def store():
+    """podman's settings and images, apart from the machine's own."""
+    missing = [name for name in ('podman', 'runc', 'debootstrap') if not shutil.which(name)]
+    if missing or os.getuid():
+        pytest.skip(f'root builds images with podman, runc and debootstrap; missing: {" ".join(missing) or "root"}')
+    kept = os.environ.get('DOODLE_CONTAINERS')
+    store = Path(kept or tempfile.mkdtemp(dir='/var/tmp', prefix='doodle-'))
+    store.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        (store / 'containers.conf').write_text(
+            '[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=30000:30000"]\nnetns = "host"\n'
+            '[engine]\nruntime = "runc"\ncgroup_manager = "cgroupfs"\nevents_logger = "none"\n')
+        (store / 'storage.conf').write_text(
+            f'[storage]\ndriver = "overlay"\ngraphroot = "{store}/graph"\nrunroot = "{store}/run"\n')
+        patch.setenv('CONTAINERS_CONF', str(store / 'containers.conf'))
+        patch.setenv('CONTAINERS_STORAGE_CONF', str(store / 'storage.conf'))
+        patch.setenv('BUILDAH_ISOLATION', 'chroot')
+        patch.delenv('https_proxy', raising=False)  # conftest.py shuts the net, which podman would pass on to builds
+        yield store
+        run('podman', 'rm', '--all', '--force')
+        if not kept:
+            run('podman', 'rmi', '--all', '--force')
+            run('umount', store / 'graph/overlay')
+            shutil.rmtree(store)
+
+
+def registries(store):
+    """Mounts by which a build reaches this machine's package registries: pip's settings, certificates."""
+    lines, files = ['[global]'], {os.environ.get('SSL_CERT_FILE', '/etc/ssl/certs/ca-certificates.crt')}
+    for line in checked(sys.executable, '-m', 'pip', 'config', 'list').splitlines():
+        name, value = re.fullmatch(r"[\w:]+\.([\w-]+)='(.*)'", line).groups()
+        if name in ('cert', 'client-cert', 'index-url', 'extra-index-url', 'trusted-host') and 'file:' not in value:
+            lines.append(f'{name} = {value}')
+            files |= {value} if value.startswith('/') else set()
+    (store / 'pip.conf').write_text('\n'.join(dict.fromkeys(lines)) + '\n')
+    folders = {os.path.dirname(file) for file in files if os.path.exists(file)}  # with what links there point at
+    return [f'--volume={folder}:{folder}:ro' for folder in folders] + [f'--volume={store}/pip.conf:/etc/pip.conf:ro']
+
+
+@pytest.fixture(scope='module')
+def build(store):
+    """build(target) -> the image's name, as in docker-compose.yml."""
+    base = 'docker.io/library/debian:bookworm-slim'
+    if run('podman', 'image', 'exists', base)[1]:
+        root = store / 'debian'
+        checked('debootstrap', '--variant=minbase', '--include=ca-certificates', 'bookworm', root)
+        # As in the real one, which is slim.
+        checked('sh', '-c', 'cd "$0" && rm -rf var/cache/apt/archives/*.deb var/lib/apt/lists/* '
+                            'usr/share/doc/* usr/share/man/* usr/share/locale/* && '
+                            'tar -c . | podman import - "$1"', root, base)
+        shutil.rmtree(root)
+
+    def build(target):
+        name = f'neural-doodle:{target}'
+        checked('podman', 'build', '--pull=never', '--layers', *registries(store), '--target', target, '-t', name, ROOT)
+        return name
+    return build
+
+
+@pytest.fixture(scope='module')
+def image(build):
+    return build('cpu')
+
+
+def size(image):
+    """Megabytes, as `docker images` counts them."""
+    return int(checked('podman', 'image', 'inspect', '--format={{.Size}}', image)) / 1e6
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A caller's folder: samples and an empty frames."""
+    tmp_path.chmod(0o755)
+    folder = tmp_path / "the caller's"
+    shutil.copytree(ROOT / 'samples', folder / 'samples')
+    (folder / 'frames').mkdir()
+    for path in (folder, *folder.rglob('*')):
+        os.chown(path, CALLER, CALLER)
+    return folder
+
+
+def two(folder):
+    return [f'--volume={folder}/{name}:/nd/{name}' for name in ('samples', 'frames')]
+
+
+def owners(folder):
+    """Who owns the files in a folder and in all below it."""
+    return {path.stat().st_uid for path in folder.rglob('*')}
+
+
+def test_the_default_target_is_cpu_and_the_image_is_small(image):
+    assert (ROOT / 'Dockerfile').read_text().rpartition('\nFROM ')[2].startswith('program AS cpu\n')
+    assert size(image) <= 900
+
+
+def test_the_posts_usage_two_mounts(image, folder):
+    said = checked('podman', 'run', '--rm', *two(folder), image, *FACES, *QUICK, '--output=face_transfer.png',
+                   '--device=gpu0')
+    assert 'WARNING: cuda0 cannot be used' in said
+    assert said.splitlines()[-1].endswith('`/nd/frames/face_transfer.png`, on the mounted folder /nd/frames.')
+    assert {path.name for path in (folder / 'frames').iterdir()} == {'face_transfer.png', '0000.png', 'command.txt'}
+    assert owners(folder) == {CALLER}
+
+
+def test_one_mount(image, folder):
+    said = checked('podman', 'run', '--rm', f'--volume={folder}:/nd', image, *FACES, *QUICK, '--output=faces/swap.png')
+    assert said.splitlines()[-1].endswith('`faces/swap.png`, on the mounted folder /nd.')
+    assert (folder / 'faces/swap.png').exists() and owners(folder) == {CALLER}
+
+
+def test_an_empty_frames_folder_that_dockerd_made_is_handed_to_the_caller(image, folder):
+    os.chown(folder / 'frames', 0, 0)
+    checked('podman', 'run', '--rm', *two(folder), image, *FACES, *QUICK)
+    assert (folder / 'frames/output.png').exists() and owners(folder) == {CALLER}
+
+
+def test_any_other_user(image, folder):
+    (folder / 'frames').chmod(0o777)
+    checked('podman', 'run', '--rm', '--user=4321:99', '--env=HOME=/nowhere', *two(folder), image, *FACES, *QUICK)
+    assert {path.stat().st_uid for path in (folder / 'frames').iterdir()} == {4321}
+
+
+def test_an_output_on_no_mount_never_overwrites_an_input(image, folder):
+    said, code = run('podman', 'run', '--rm', f'--volume={folder}/samples:/nd/samples', image, *FACES, *QUICK,
+                     '--output=hopper.png')
+    assert code == 2 and 'is one of the inputs' in said
+
+
+def test_read_only(image, folder):
+    rules = ['--read-only', '--read-only-tmpfs=false', '--rm']
+    said = checked('podman', 'run', *rules, '--tmpfs=/tmp:exec', *two(folder), image, *FACES, *QUICK)
+    assert said.splitlines()[-1].endswith('`/nd/frames/output.png`, on the mounted folder /nd/frames.')
+    for tmp in ([], ['--tmpfs=/tmp:noexec']):
+        said, code = run('podman', 'run', *rules, *tmp, *two(folder), image, *FACES, *QUICK)
+        assert code == 2 and said.startswith('ERROR: ') and '--tmpfs /tmp:exec' in said and len(said.splitlines()) == 2
+    checked('podman', 'run', '--rm', '--tmpfs=/tmp:noexec', *two(folder), image, *FACES, *QUICK)
+
+
+def test_stop_leaves_the_image_so_far(image, folder):
+    checked('podman', 'run', '--detach', '--name=stopped', *two(folder), image, *FACES, '--max-size=96', '--phases=1',
+            '--iterations=100000', '--save-every=1')
+    end = time.time() + 120
+    while not (folder / 'frames/0003.png').exists() and time.time() < end:
+        time.sleep(0.2)
+    checked('podman', 'stop', 'stopped')
+    said = checked('podman', 'logs', 'stopped')
+    assert 'the image so far is in `/nd/frames/output.png`' in said
+    assert checked('podman', 'inspect', '--format={{.State.ExitCode}}', 'stopped').strip() == str(128 + 15)
+    assert (folder / 'frames/output.png').exists() and owners(folder) == {CALLER}
+
+
+def test_a_missing_or_wrong_mount_is_named(image, folder):
+    command = [image, '--style=samples/gollum.png']
+    said, code = run('podman', 'run', '--rm', *command)
+    assert code == 2 and 'looked for /nd/samples/gollum.png, and mounted is nothing.' in said
+    said, code = run('podman', 'run', '--rm', f'--volume={folder}/frames:/nd/samples', *command)
+    assert code == 2 and f"/nd/samples from {folder}/frames (0 entries)" in said
+
+
+# g++ as it is, but every module that it compiles is counted, and it takes the processor for an $ARCH; then the first
+# module is enough.
+COUNTED = r"""
+mv /usr/bin/g++ /usr/bin/real-g++
+cat > /usr/bin/g++ <<'E'
+#!/bin/sh
+case "$*" in
+    *-shared*) echo >> /tmp/compiled; [ $ARCH = native ] || exit 1 ;;
+    *-march=native*) exec real-g++ -march=$ARCH -E -v - ;;
+esac
+exec real-g++ "$@"
+E
+chmod 755 /usr/bin/g++
+find /opt/doodle/cache -exec touch -d 2020-01-01 {} +
+/opt/doodle/start --save-every=0 "$@" || [ $ARCH != native ]
+touch /tmp/compiled
+wc -l < /tmp/compiled
+"""
+
+
+def compiled(image, processor, *options):
+    """How many modules a run compiles in an old image, on that processor."""
+    said = checked('podman', 'run', '--rm', f'--env=ARCH={processor}', '--entrypoint=sh', image, '-euc', COUNTED, 'sh',
+                   *QUICK, *options)
+    return int(said.splitlines()[-1])
+
+
+@pytest.mark.parametrize('options', [FACES, FACES + ['--semantic-weight=0'], ['--style=samples/gravel.png'],
+                                     ['--style=samples/auvers.png', '--output=samples/my_village.png']])
+def test_a_run_finds_its_code_compiled_however_old_the_image(image, options):
+    assert compiled(image, 'native', *options) == 0
+
+
+def test_code_for_another_processor_is_compiled_anew(image):
+    assert compiled(image, 'haswell', *FACES) >= 1
+
+
+def test_gpu_image_has_its_libraries(build):
+    image = build('gpu')
+    assert size(image) <= 2200
+    said = checked('podman', 'run', '--rm', '--entrypoint=python3', image, '-c', """
+import ctypes, pygpu
+for name in 'libnvrtc.so', 'libcublas.so':
+    ctypes.CDLL(name)
+try:
+    pygpu.init('cuda0')
+except pygpu.gpuarray.GpuArrayException as error:  # all that is missing without a GPU is its driver
+    print(error)
+""")
+    assert 'libcuda.so' in said
+    said = checked('podman', 'run', '--rm', image, *FACES, *QUICK)
+    assert 'WARNING: cuda0 cannot be used' in said and 'on device `cpu`' in said
+
+
+def test_compose(image, build, folder):
+    checked(tool('check-jsonschema'), '--builtin-schema', 'vendor.compose-spec', ROOT / 'docker-compose.yml')
+    shutil.copy(ROOT / 'docker-compose.yml', folder)
+    compose = [tool('podman-compose'), '--file', folder / 'docker-compose.yml', 'run', '--rm']
+    checked(*compose, 'doodle', *FACES, *QUICK)
+    assert (folder / 'output.png').exists() and owners(folder / 'frames') == {CALLER}
+    build('tests')
+    shutil.copytree(ROOT / 'tests', folder / 'tests', ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('doodle.py', 'requirements.txt', 'vgg16.npz'):
+        shutil.copy(ROOT / name, folder)
+    assert ' passed' in checked(*compose, 'tests', 'tests/test_losses.py')
+
+
+def test_hadolint():
+    checked(tool('hadolint'), ROOT / 'Dockerfile')

@@ -1,0 +1,455 @@
+"""Pictures and maps, from their files to what the network and the matching see."""
+import hashlib
+import os
+import shutil
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import doodle
+import golden_data
+import twin
+from golden_data import FOLDER
+
+doodle.import_pillow()
+
+COLOURS = np.array([[(255, 0, 0), (0, 255, 0), (0, 0, 255)],
+                    [(12, 200, 77), (0, 0, 0), (255, 255, 255)]], np.uint8)            # (2, 3, 3) RGB
+GREYS = np.array([[0, 1, 100], [128, 254, 255]], np.uint8)
+
+
+def three(grey):
+    """(H, W) -> (H, W, 3)."""
+    return np.repeat(np.asarray(grey)[:, :, None], 3, axis=2)
+
+
+def painted(path, rows, unit=1):
+    """Write a map of squares, one for each colour of `rows`, and return it."""
+    colours = np.kron(np.array(rows, np.uint8), np.ones((unit, unit, 1), np.uint8))
+    Image.fromarray(colours).save(path)
+    return colours
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """The golden pictures and maps in the folder where we are."""
+    monkeypatch.chdir(tmp_path)
+    for path in FOLDER.glob('*.png'):
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def inputs(*arguments):
+    return doodle.read_inputs(doodle.parse_options(['--phases=1', *arguments]))[0]
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+def rgb16(values):
+    """A PNG of (H, W, 3) 16-bit RGB, which Pillow cannot write."""
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    height, width, _ = values.shape
+    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in values)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 16, 2, 0, 0, 0)) + \
+        chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+
+
+def with_alpha(mode):
+    """COLOURS, or GREYS for LA, under an alpha of 0, 1 and 255."""
+    alpha = np.array([[0, 1, 255], [255, 0, 128]], np.uint8)
+    return Image.fromarray(np.dstack([GREYS if mode == 'LA' else COLOURS, alpha]), mode)
+
+
+def palette(**info):
+    """COLOURS as numbers in a palette; `info` as of a PNG's transparency."""
+    image = Image.fromarray(COLOURS).quantize(6)
+    image.info.update(info)
+    return image
+
+
+BLACK_AND_WHITE = Image.fromarray(GREYS).point(lambda grey: 255 * (grey > 99)).convert('1')
+DEEP = np.array([[0, 128, 129], [257 * 100, 65535, 257 * 254 + 128]], np.uint16)       # halves of a grey go down
+MODES = {
+    '1': (BLACK_AND_WHITE, 'png', three(np.uint8(255 * (GREYS > 99)))),
+    'L': (Image.fromarray(GREYS), 'png', three(GREYS)),
+    'LA': (with_alpha('LA'), 'png', three(GREYS)),
+    'P': (palette(), 'png', COLOURS),
+    'P with transparency': (palette(transparency=bytes([0, 1, 255])), 'png', COLOURS),
+    'PA': (with_alpha('RGBA').convert('PA'), 'tiff', None),
+    'RGB': (Image.fromarray(COLOURS), 'png', COLOURS),
+    'RGB with transparency': (Image.fromarray(COLOURS), 'png', COLOURS),
+    'RGBA': (with_alpha('RGBA'), 'png', COLOURS),
+    'CMYK': (Image.fromarray(COLOURS).convert('CMYK'), 'tiff', COLOURS),
+    'I;16': (Image.fromarray(DEEP), 'png', three([[0, 0, 1], [100, 255, 254]])),
+    'I;16, dark': (Image.fromarray(np.uint16(GREYS)), 'png', three([[0, 0, 0], [0, 1, 1]])),
+    'I;16 TIFF': (Image.fromarray(DEEP), 'tiff', three([[0, 0, 1], [100, 255, 254]])),
+    'I': (Image.fromarray(np.int32(DEEP)), 'tiff', three([[0, 0, 1], [100, 255, 254]])),
+}
+
+
+@pytest.mark.filterwarnings('error::UserWarning')
+@pytest.mark.parametrize('mode', MODES)
+def test_pictures_of_any_mode_mean_their_colours_without_alpha(tmp_path, mode):  # fault 3
+    image, ending, expected = MODES[mode]
+    path = str(tmp_path / f'a.{ending}')
+    image.save(path, **({'transparency': (255, 0, 0)} if mode == 'RGB with transparency' else image.info))
+    if expected is None:
+        expected = np.asarray(image.convert('RGB'))
+    read = doodle.read_picture(path)
+    assert Image.open(path).mode == mode.split()[0].rstrip(',')
+    assert read.dtype == np.uint8 and read.tolist() == expected.tolist()
+
+
+def test_16_bits_a_colour_are_scaled_within_a_step(tmp_path):  # fault 3
+    values = np.random.default_rng(0).integers(0, 65536, (4, 5, 3))
+    (tmp_path / 'a.png').write_bytes(rgb16(values))
+    assert np.abs(doodle.read_picture(str(tmp_path / 'a.png')) - values / 257).max() <= 1
+
+
+@pytest.mark.parametrize('orientation, upright', [
+    (1, COLOURS), (2, COLOURS[:, ::-1]), (3, COLOURS[::-1, ::-1]), (4, COLOURS[::-1]), (5, COLOURS.swapaxes(0, 1)),
+    (6, np.rot90(COLOURS, -1)), (7, np.rot90(COLOURS, 2).swapaxes(0, 1)), (8, np.rot90(COLOURS))])
+def test_exif_turns_pictures_upright(tmp_path, orientation, upright):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(COLOURS).save(tmp_path / 'a.png', exif=exif)
+    assert doodle.read_picture(str(tmp_path / 'a.png')).tolist() == upright.tolist()
+
+
+def test_exif_turns_maps_as_it_turns_their_pictures(pictures):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ('face_content', 'face_content_sem'):
+        Image.open(f'{name}.png').rotate(90, expand=True).save(f'turned{name[12:]}.png', exif=exif)
+    turned, upright = (inputs('--style=face_style.png', f'--content={name}.png') for name in ('turned', 'face_content'))
+    assert (turned.content == upright.content).all() and (turned.content_map == upright.content_map).all()
+
+
+def test_what_is_no_picture_is_refused_by_name(refused, tmp_path):
+    good = (FOLDER / 'face_style.png').read_bytes()
+    for name, content in (('half.png', good[:len(good) // 2]), ('empty.png', b''), ('text.jpg', b'no picture')):
+        (tmp_path / name).write_bytes(content)
+        problem, _ = refused(f'--style={name}')
+        assert repr(name) in problem and 'cannot be read' in problem
+    (tmp_path / 'folder.png').mkdir()
+    assert refused('--style=folder.png')[0] == "'folder.png' is not a file."
+
+
+@pytest.mark.parametrize('option', ['style', 'content', 'seed'])
+def test_a_picture_that_is_not_there_is_refused(refused, pictures, option):  # fault 2
+    problem, fix = refused('--style=face_style.png', '--semantic-weight=0', f'--{option}=none.png')
+    assert problem == "'none.png' is not there." and 'doodle.py' in fix
+
+
+@pytest.mark.parametrize('option', ['style', 'content', 'seed', 'weights', 'log', 'frames', 'output'])
+def test_an_empty_path_is_refused_not_ignored(refused, pictures, option):  # fault 2
+    refused('--style=texture_style.png', '--phases=1', '--iterations=1', '--network=vgg16', f'--{option}=')
+
+
+def test_without_the_pictures_of_the_post_its_command_shows_one_that_runs(refused):
+    problem, fix = refused('--style=samples/gollum.png', '--content=samples/jim_carrey.png', '--device=gpu0')
+    assert 'gollum.png' in problem or 'jim_carrey.png' in problem
+    assert 'yours to bring' in fix and 'python3 doodle.py --style samples/' in fix
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name, phase, digest', [    # of the original's pixels at 1/2 and 1/4
+    ('face_content.png', 1, 'a108acda444bc2a3071f2eeaa62bb07a76b1e60901b27a43b5e9b7d5da64ba4f'),
+    ('face_content.png', 0, '6f896f59c531edf856870c25817cabd2d3b96f54cf00d2a64b79353f62070b7a'),
+    ('face_style.png', 1, 'd9f08d23f80514cd13826c98928159f5874dd16c198ead37e9a782b70557d0dc'),
+    ('face_style.png', 0, 'b45a0914593e50e30a396ec7e2dcfdc9d08fbf7534f51523dced9eea67aae489'),
+    ('tiny_seed.png', 0, '4342e510fb8e3c0c73b24e7edba9cd8012eda009ccc849029c98d0acdf1f9344')])
+def test_pictures_are_scaled_as_by_the_original(name, phase, digest):
+    picture = doodle.read_picture(str(FOLDER / name))
+    scaled = doodle.resized(picture, doodle.phase_size(picture.shape[1::-1], phase, 3), Image.LANCZOS)
+    assert hashlib.sha256(np.ascontiguousarray(scaled)).hexdigest() == digest
+
+
+def test_phases_double_the_scale_up_to_the_full_size():
+    assert [doodle.phase_size((97, 55), phase, 3) for phase in range(3)] == [(24, 13), (48, 27), (97, 55)]
+    assert doodle.phase_size((97, 55), 0, 1) == (97, 55)
+
+
+@pytest.mark.parametrize('longest, size', [(None, (96, 112)), (112, (96, 112)), (500, (96, 112)), (56, (48, 56)),
+                                           (1, (1, 1))])
+def test_only_what_is_larger_is_limited(longest, size):
+    picture = doodle.read_picture(str(FOLDER / 'face_content.png'))
+    limited = doodle.limited(picture, longest, Image.LANCZOS)
+    assert limited.shape == (*size[::-1], 3)
+    assert (limited == doodle.resized(picture, size, Image.LANCZOS)).all()
+
+
+def test_max_size_shrinks_pictures_and_maps_alike(pictures):
+    small = inputs('--style=face_style.png', '--content=face_content.png', '--max-size=64')
+    assert small.size == (55, 64) == small.content.shape[1::-1] == small.content_map.shape[1::-1]
+    assert small.style.shape == small.style_map.shape == (56, 64, 3)
+    doodled = inputs('--style=tiny_style.png', '--output=tiny_target.png', '--max-size=32')
+    assert doodled.size == (28, 32)
+
+
+# ---- maps ------------------------------------------------------------------------------------------------------------
+
+RED, GREEN, BLUE, BLACK, WHITE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255), (99, 99, 99)
+
+
+@pytest.mark.parametrize('arguments', [('--style=face_style.png', '--content=face_content.png'),
+                                       ('--style=tiny_style.png', '--output=tiny_target.png')])
+def test_golden_maps_keep_the_scores_of_the_original(pictures, arguments):  # fault 4
+    maps = inputs(*arguments)
+    target = 'face_content' if len(arguments[1]) == len('--content=face_content.png') else 'tiny_target'
+    assert (maps.content_map == np.asarray(Image.open(f'{target}_sem.png'))).all()
+    assert (maps.style_map == np.asarray(Image.open(arguments[0][8:-4] + '_sem.png'))).all()
+
+
+@pytest.mark.parametrize('classes', [
+    [RED, BLACK], [(100, 0, 0), (200, 0, 0)], [GREY, WHITE], [BLACK], [RED, GREEN, (250, 20, 20)]])
+def test_black_shades_and_greys_become_classes_of_their_own(classes):  # fault 4
+    here, there = np.array([classes], np.uint8), np.array([classes[::-1]], np.uint8)
+    channels, remark = doodle.map_channels([here, there])
+    assert str(len(classes)) in remark
+    here, there = (c[0] / np.linalg.norm(c[0], axis=1, keepdims=True) for c in channels)
+    assert np.allclose(here @ there[::-1].T, np.eye(len(classes)))
+
+
+@pytest.mark.parametrize('classes', [[RED, GREEN, BLUE, WHITE], [WHITE], [RED, (255, 50, 0)], [(9, 9, 9), RED]])
+def test_other_maps_stay_as_they_are(classes):  # fault 4
+    maps = [np.array([classes], np.uint8), np.array([classes[:1]], np.uint8)]
+    channels, remark = doodle.map_channels(maps)
+    assert remark is None and all((a == b).all() for a, b in zip(channels, maps))
+
+
+@pytest.mark.parametrize('green, alike', [(36, True), (37, False)])                     # cosines 0.9902 and 0.9896
+def test_two_classes_are_one_from_a_cosine_of_99_percent_on(green, alike):  # fault 4
+    classes = np.array([[RED, (255, green, 0)]], np.uint8)
+    assert bool(doodle.map_channels([classes, classes])[1]) == alike
+
+
+def test_a_class_covers_a_thousandth_of_either_map():  # fault 4
+    style, content = np.full((50, 40, 3), RED, np.uint8), np.full((100, 100, 3), GREEN, np.uint8)
+    style[0, 0], content[0, :9] = BLACK, (100, 0, 0)                                   # 0.05 %, 0.09 %
+    assert doodle.map_channels([content, style])[1] is None
+    style[0, 1] = BLACK                                                                # 0.1 %
+    assert doodle.map_channels([content, style])[1].startswith('3 ')
+    content[0, 9] = 100, 0, 0
+    assert doodle.map_channels([content, style])[1].startswith('4 ')
+
+
+def test_a_blended_pixel_goes_to_its_nearest_class():  # fault 4
+    line = np.full((1, 3000, 3), RED, np.uint8)
+    line[0, 1000:] = BLACK
+    line[0, 1000], line[0, 1001] = (140, 0, 0), (120, 0, 9)
+    (channels, _), _ = doodle.map_channels([line, line])
+    for pixel, same in ((1000, 0), (1001, 2999)):
+        assert (channels[0, pixel] == channels[0, same]).all()
+    assert (channels[0, 0] != channels[0, 2999]).any()
+
+
+@pytest.mark.parametrize('layer', ['1_2', '2_1', '3_1', '4_2', '5_1'])
+@pytest.mark.parametrize('halves', [1, 2])
+def test_a_map_is_averaged_over_what_a_feature_sees(layer, halves):
+    maps = np.random.default_rng(0).integers(0, 256, (70, 86, 4), np.uint8)            # (H, W, K)
+    whole = twin.planes(maps)                                                          # (K, H, W)
+    expected = twin.pool_map(whole if halves == 1 else twin.average_pool(whole), layer)
+    pooled = doodle.pooled_map(maps, (86 // halves, 70 // halves), layer)
+    assert pooled.dtype == np.float32
+    np.testing.assert_allclose(pooled, np.moveaxis(expected, 0, 2), rtol=1e-4)
+
+
+def test_a_map_of_another_size_is_fitted_without_new_colours(pictures):
+    rows, picture = [[RED, GREEN], [BLUE, WHITE]], np.zeros((113, 97, 3), np.uint8)
+    for size in ((48, 56), (49, 57), (194, 226), (97, 113)):
+        Image.fromarray(painted('a_sem.png', rows, 100)).resize(size, Image.NEAREST).save('a_sem.png')
+        fitted = doodle.read_map('a_sem.png', 'a.png', picture)
+        assert fitted.shape == picture.shape
+        assert (fitted[[5, 5, 107, 107], [5, 91, 5, 91]] == [RED, GREEN, BLUE, WHITE]).all()
+        assert len(np.unique(fitted.reshape(-1, 3), axis=0)) == 4
+
+
+@pytest.mark.parametrize('unit, rows', [(30, [[RED, GREEN], [BLUE, WHITE]]), (16, [[RED, BLUE]] * 7)])
+def test_a_map_of_another_shape_is_refused_with_both_sizes(refused, pictures, unit, rows):
+    Image.new('RGB', (97, 113)).save('a.png')
+    height, width, _ = painted('a_sem.png', rows, unit).shape
+    problem, _ = refused('--style=face_style.png', '--content=a.png', '--phases=1')
+    assert f"'a_sem.png' is {width}x{height} " in problem and "'a.png' is 97x113" in problem
+
+
+@pytest.mark.parametrize('there, missing', [('style', 'content'), ('content', 'style')])
+def test_one_map_alone_is_refused_and_the_missing_one_named(refused, pictures, there, missing):
+    os.remove(f'face_{missing}_sem.png')
+    problem, fix = refused('--style=face_style.png', '--content=face_content.png')
+    assert f"'face_{missing}_sem.png' is not there" in problem and f"'face_{there}_sem.png'" in problem
+    assert '--semantic-weight=0' in fix
+
+
+def test_semantic_weight_0_leaves_maps_unread(pictures):
+    (pictures / 'face_style_sem.png').write_text('no map')
+    os.remove('face_content_sem.png')
+    without = inputs('--style=face_style.png', '--content=face_content.png', '--semantic-weight=0')
+    assert without.style_map is None and without.content_map is None
+
+
+def test_maps_may_have_another_ending(pictures):
+    painted('face_style-map.png', [[RED, BLUE]], 62)
+    painted('face_content-map.png', [[BLUE], [RED]], 56)
+    with pytest.raises(doodle.UserError):                                              # 56x112 for 96x112
+        inputs('--style=face_style.png', '--content=face_content.png', '--semantic-ext=-map.png')
+    assert doodle.map_path('a.b/c.jpg', '-map.png') == 'a.b/c-map.png'
+
+
+# ---- modes -----------------------------------------------------------------------------------------------------------
+
+def test_style_and_content_give_a_transfer_of_the_size_of_the_content(pictures):
+    transfer = inputs('--style=face_style.png', '--content=face_content.png')
+    assert transfer.size == (96, 112) == transfer.content.shape[1::-1]
+
+
+def test_style_and_the_map_of_the_output_give_a_doodle_of_the_size_of_the_map(pictures):
+    doodled = inputs('--style=tiny_style.png', '--output=tiny_target.png')
+    assert doodled.content is None and doodled.size == (56, 64) == doodled.content_map.shape[1::-1]
+
+
+def test_style_alone_gives_a_texture_of_its_size_or_of_width_x_height(pictures):  # fault 5
+    assert inputs('--style=texture_style.png').size == (60, 52)
+    texture = inputs('--style=texture_style.png', '--output-size=70x40')
+    assert texture.size == (70, 40) and texture.content is texture.content_map is None
+
+
+def test_an_output_that_exists_is_not_read_as_content(pictures):
+    shutil.copy('face_content.png', 'out.png')
+    before = (pictures / 'out.png').read_bytes()
+    assert inputs('--style=texture_style.png', '--output=out.png').content is None
+    assert (pictures / 'out.png').read_bytes() == before
+
+
+@pytest.mark.parametrize('arguments', [('--style=face_style.png', '--content=face_content.png'),
+                                       ('--style=tiny_style.png', '--output=tiny_target.png')])
+def test_output_size_beside_a_content_or_its_map_is_refused(refused, pictures, arguments):
+    assert '--output-size' in refused(*arguments, '--phases=1', '--output-size=64x64')[0]
+
+
+def test_seed_content_without_a_content_is_refused(refused, pictures):
+    assert '--seed=content' in refused('--style=texture_style.png', '--phases=1', '--seed=content')[0]
+
+
+def test_what_is_too_small_is_refused_with_phases_that_fit(refused, pictures):  # fault 10
+    problem, fix = refused('--style=face_style.png', '--content=face_content.png', '--phases=4')
+    assert '96x112' in problem and 'conv4_1' in problem and fix == '--phases=3.'
+    faces = doodle.parse_options(['--style=face_style.png', '--content=face_content.png', '--phases=3'])
+    assert doodle.read_inputs(faces)[0].size == (96, 112)                              # 24x28: just enough
+
+    problem, fix = refused('--style=texture_style.png', '--output-size=400x400', '--phases=3')
+    assert 'style picture, 60x52' in problem and fix == '--phases=2.'
+    problem, fix = refused('--style=texture_style.png', '--output-size=400x23', '--phases=1')
+    assert 'result, 400x23' in problem and '--phases' not in fix
+    assert '12 or more' in refused('--style=texture_style.png', '--style-layers=3_1', '--phases=99999999')[0]
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+FACES = ('--style=face_style.png', '--content=face_content.png', '--seed=tiny_seed.png', '--weights=weights.npz',
+         '--phases=1')
+
+
+@pytest.mark.parametrize('option', ['--output', '--log'])
+@pytest.mark.parametrize('read', ['face_style.png', 'face_content.png', 'face_style_sem.png', 'face_content_sem.png',
+                                  'tiny_seed.png'])
+def test_what_is_read_is_never_written(refused, pictures, read, option):  # fault 1
+    before = (pictures / read).read_bytes()
+    os.symlink(read, 'link.png')
+    os.link(read, 'hard.png')
+    for path in (read, f'../{pictures.name}/{read}', str(pictures / read), 'link.png', 'hard.png'):
+        problem, _ = refused(*FACES, f'{option}={path}')
+        assert option in problem and 'overwrite' in problem
+    assert (pictures / read).read_bytes() == before
+
+
+def test_the_doodle_and_the_weights_are_never_written(refused, pictures):  # fault 1
+    assert 'overwrite' in refused('--style=tiny_style.png', '--output=a.png', '--log=a_sem.png')[0]
+    assert 'overwrite' in refused(*FACES, '--log=weights.npz')[0]
+
+
+def test_what_cannot_be_written_is_refused_before_any_work(refused, pictures):
+    os.mkdir('folder.png')
+    assert 'is a folder' in refused(*FACES, '--output=folder.png')[0]
+    for option in ('--output=tiny_style.png/out.png', '--log=tiny_style.png/log', '--frames=tiny_style.png'):
+        problem, _ = refused(*FACES, option)
+        assert option.split('=')[0] in problem and 'tiny_style.png' in problem
+    assert 'same file' in refused(*FACES, '--output=a.png', '--log=../' + pictures.name + '/a.png')[0]
+
+
+@pytest.mark.parametrize('name', ['a', 'a.txt', 'a.', '.png', 'a.h5', 'a.psd'])
+def test_an_ending_that_is_no_picture_is_refused(refused, pictures, name):
+    problem, fix = refused(*FACES, f'--output={name}')
+    assert repr(name) in problem and '.png' in fix
+
+
+def test_the_folder_of_the_result_is_made(pictures):
+    inputs('--style=texture_style.png', '--output=new/deep/out.png', '--log=other/log')
+    assert os.listdir('new/deep') == os.listdir('other') == []
+
+
+# ---- the image that is painted ---------------------------------------------------------------------------------------
+
+def first_image(*arguments, size=(12, 8), random_seed=1):
+    options = doodle.parse_options(['--style=texture_style.png', '--semantic-weight=0', '--phases=1', *arguments])
+    return doodle.first_image(doodle.read_inputs(options)[0], options, size, random_seed)
+
+
+def test_noise_fills_its_range_and_its_number_repeats_it(pictures):  # fault 9
+    noise = first_image('--seed-range=20:30', size=(80, 50))
+    assert noise.shape == (3, 50, 80)
+    assert 20 <= noise.min() < 20.1 and 29.9 < noise.max() <= 30
+    assert (noise == first_image('--seed-range=20:30', size=(80, 50))).all()
+    assert (noise != first_image('--seed-range=20:30', size=(80, 50), random_seed=2)).mean() > .99
+
+
+def test_a_run_may_start_from_the_content_or_from_a_picture(pictures):
+    for seed, method in (('content', Image.LANCZOS), ('tiny_seed.png', Image.BICUBIC)):
+        source = Image.open('face_content.png' if seed == 'content' else seed)
+        expected = np.asarray(source.resize((12, 8), method, reducing_gap=None))       # (H, W, 3) RGB
+        image = first_image('--content=face_content.png', f'--seed={seed}')
+        assert (image == expected[:, :, ::-1].transpose(2, 0, 1)).all()
+
+
+@pytest.mark.parametrize('name', ['fake/default', 'fake/doodle_seed_resized', 'fake/texture', 'fake/phases2'])
+def test_golden_runs_start_from_the_same_image(pictures, name):
+    argv = golden_data.run(name).argv
+    options = doodle.parse_options(argv)
+    read = doodle.read_inputs(options)[0]
+    image = doodle.first_image(read, options, doodle.phase_size(read.size, 0, options.phases), 0)
+    assert (image == golden_data.images(argv).start).all()
+
+
+def test_between_phases_nothing_is_stretched_or_rounded():  # fault 6
+    flat = doodle.enlarged(np.full((3, 5, 4), 100.25), (9, 11))
+    assert flat.shape == (3, 11, 9) and np.abs(flat - 100.25).max() < 1e-4
+    x = np.random.default_rng(0).uniform(100, 101, (3, 5, 4))
+    y = doodle.enlarged(x, (8, 10))
+    assert 99.5 < y.min() < y.max() < 101.5 and len(np.unique(y)) > 200
+    for a, b in zip(x, y):
+        expected = Image.fromarray(np.float32(a)).resize((8, 10), Image.BICUBIC)
+        np.testing.assert_allclose(b, np.asarray(expected), rtol=1e-6)
+
+
+def test_between_phases_colours_stay_within_0_and_255():
+    x = np.random.default_rng(0).choice([0., 255.], (3, 6, 6))
+    assert (doodle.enlarged(x, (12, 12)).min(), doodle.enlarged(x, (12, 12)).max()) == (0, 255)
+
+
+def test_the_result_is_clipped_cut_and_enlarged_as_by_the_original():
+    x = np.linspace(-6, 262, 48).reshape(3, 4, 4)
+    assert doodle.pixels(x, (4, 4)).tolist() == [
+        [[176, 85, 0], [182, 90, 0], [187, 96, 5], [193, 102, 11]],
+        [[199, 108, 16], [204, 113, 22], [210, 119, 28], [216, 125, 33]],
+        [[222, 130, 39], [227, 136, 45], [233, 142, 51], [239, 147, 56]],
+        [[244, 153, 62], [250, 159, 68], [255, 165, 73], [255, 170, 79]]]
+    enlarged = doodle.pixels(x, (6, 7))
+    assert enlarged.shape == (7, 6, 3)
+    assert enlarged[0].tolist() == [[174, 83, 0], [177, 85, 0], [181, 89, 0], [184, 93, 2], [188, 98, 6], [191, 100, 9]]
+    assert enlarged[6].tolist() == [[246, 155, 64], [249, 157, 67], [253, 162, 71], [255, 166, 74], [255, 170, 78],
+                                    [255, 172, 81]]

@@ -1,0 +1,279 @@
+"""Weights in every form they come in, and the features made with them."""
+import bz2
+import hashlib
+import io
+import os
+import pickle
+import shutil
+import struct
+
+import h5py
+import numpy as np
+import pytest
+
+import golden_data
+import twin
+from conftest import ROOT
+
+BUNDLE = str(ROOT / 'vgg16.npz')
+WIDTHS = 3, 64, 128, 256, 512, 512
+
+
+def hollow(doodle, kind):
+    """{'1_1': (W, b), ...} of the right shapes: conv1_1 begins as the genuine, each other layer has its own numbers."""
+    layers, channels = {}, 3
+    for number, name in enumerate(doodle.layer_names(kind)):
+        width = WIDTHS[int(name[0])]
+        W = np.zeros((width, channels, 3, 3), np.float32)
+        W[-1, -1], channels = number + np.arange(9.).reshape(3, 3), width
+        layers[name] = W, np.full(width, number, np.float32)
+    layers['1_1'][0][0, 0, 0] = doodle.FIRST[kind]
+    return layers
+
+
+def as_list(layers):
+    """[W, b, W, b, ...], filters turned, as the original's pickle has them."""
+    return [array for W, b in layers.values() for array in (W[:, :, ::-1, ::-1], b)]
+
+
+def save_npz(path, layers):
+    np.savez(path, **{f'conv{name}.{kind}': array for name, pair in layers.items() for kind, array in zip('Wb', pair)})
+    return str(path)
+
+
+def save_h5(path, layers):
+    with h5py.File(path, 'w') as file:
+        for name, (W, b) in layers.items():
+            group = 'block{}_conv{}'.format(*name.split('_'))
+            file[f'{group}/{group}_W_1:0'] = W.transpose(2, 3, 1, 0)
+            file[f'{group}/{group}_b_1:0'] = b
+        file.create_group('block1_pool')
+    return str(path)
+
+
+def save_pickle(path, layers, protocol=2):
+    with (bz2.open if path.suffix == '.bz2' else open)(path, 'wb') as file:
+        pickle.dump(as_list(layers), file, protocol)
+    return str(path)
+
+
+def same(ours, theirs):
+    return list(ours) == list(theirs) and all(
+        a.dtype == np.float32 and np.array_equal(a, b) for name in ours for a, b in zip(ours[name], theirs[name]))
+
+
+@pytest.fixture
+def top(doodle):
+    """The first two layers of the bundled network, enough for a file of its own."""
+    layers = doodle.read_weights(BUNDLE)[0].layers
+    return {name: layers[name] for name in ('1_1', '1_2')}
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+def test_the_bundle_is_vgg16_up_to_conv5_1(doodle):
+    weights, remark = doodle.read_weights(BUNDLE)
+    assert (weights.kind, list(weights.layers), remark) == ('vgg16', doodle.layer_names('vgg16')[:11], None)
+    assert weights.path == BUNDLE
+    assert all(array.dtype == np.float32 for pair in weights.layers.values() for array in pair)
+
+
+def test_the_checksum_of_the_file_is_known(doodle, tmp_path, top):  # fault 15
+    path = save_npz(tmp_path / 'a.npz', top)
+    assert doodle.read_weights(path)[0].sha256 == hashlib.sha256((tmp_path / 'a.npz').read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize('name, kind', [('a.pkl.bz2', 'vgg19'), ('a.pkl', 'vgg16'), ('a.h5', 'vgg19'),
+                                        ('a.hdf5', 'vgg16'), ('a.npz', 'vgg19')])
+def test_every_format_gives_the_same_layers(doodle, tmp_path, name, kind):
+    save = {'npz': save_npz, 'h5': save_h5, 'hdf5': save_h5}.get(name.split('.')[1], save_pickle)
+    layers = hollow(doodle, kind)
+    weights, remark = doodle.read_weights(save(tmp_path / name, layers))
+    assert weights.kind == kind and remark is None and same(weights.layers, layers)
+
+
+@pytest.mark.parametrize('save', [save_npz, save_h5])
+@pytest.mark.parametrize('rgb', [False, True])
+@pytest.mark.parametrize('turned', [False, True])
+def test_colours_and_filters_are_mended_to_bgr_and_correlation(doodle, tmp_path, top, save, rgb, turned):
+    step = -1 if turned else 1
+    layers = {name: (W[:, :, ::step, ::step], b) for name, (W, b) in top.items()}
+    if rgb:
+        layers['1_1'] = layers['1_1'][0][:, ::-1], layers['1_1'][1]
+    weights, remark = doodle.read_weights(save(tmp_path / f'a.{save.__name__[5:]}', layers))
+    assert same(weights.layers, top)
+    assert ('RGB' in (remark or ''), 'turned' in (remark or '')) == (rgb, turned)
+
+
+def test_a_pickle_that_was_not_turned_is_mended(doodle, tmp_path):
+    layers = hollow(doodle, 'vgg16')
+    turned = {name: (W[:, :, ::-1, ::-1], b) for name, (W, b) in layers.items()}
+    weights, remark = doodle.read_weights(save_pickle(tmp_path / 'a.pkl', turned))
+    assert 'turned' in remark and same(weights.layers, layers)
+
+
+def test_an_unknown_network_is_taken_as_it_lies_and_said_to_be_unknown(doodle, tmp_path, top):
+    unknown = {name: (W + 1, b) for name, (W, b) in top.items()}
+    weights, remark = doodle.read_weights(save_npz(tmp_path / 'a.npz', unknown))
+    assert 'not a known' in remark and same(weights.layers, unknown)
+
+
+def test_fake_vgg19_weights_load_as_unknown(doodle, tmp_path):
+    fake = {name[4:]: pair for name, pair in golden_data.weights('fake').items() if name < 'conv4'}
+    weights, remark = doodle.read_weights(save_npz(tmp_path / 'a.npz', fake))
+    assert weights.kind == 'vgg19' and 'not a known' in remark and same(weights.layers, fake)
+
+
+# ---- files that are wrong --------------------------------------------------------------------------------------------
+
+def refusal(doodle, path):
+    with pytest.raises(doodle.UserError) as error:
+        doodle.read_weights(str(path))
+    problem, fix = error.value.args
+    assert repr(str(path)) in problem and '--weights' in fix and '\n' not in problem
+    return problem
+
+
+def test_wrong_shapes_name_the_layer(doodle, tmp_path, top):
+    W, b = top['1_2']
+    for wrong in [(W[:, 1:], b), (W[1:], b), (W, b[1:]), (W[:, :, 1:], b), (W.transpose(2, 3, 1, 0), b), (b, W)]:
+        assert 'conv1_2' in refusal(doodle, save_npz(tmp_path / 'a.npz', {**top, '1_2': wrong}))
+
+
+def test_a_gap_names_the_layer(doodle, tmp_path, top):
+    assert 'conv1_1' in refusal(doodle, save_npz(tmp_path / 'a.npz', {'1_2': top['1_2']}))
+    assert 'conv1_2' in refusal(doodle, save_npz(tmp_path / 'b.npz', {'1_1': top['1_1'], '2_1': top['1_2']}))
+    assert 'conv1_1' in refusal(doodle, save_npz(tmp_path / 'c.npz', {}))
+
+
+@pytest.mark.parametrize('name', ['a.pkl.bz2', 'a.pkl', 'a.h5', 'a.npz', 'a.dat'])
+def test_files_that_are_broken_missing_or_folders_are_refused(doodle, tmp_path, name):
+    path = tmp_path / name
+    refusal(doodle, path)
+    path.mkdir()
+    refusal(doodle, path)
+    path.rmdir()
+    for content in (b'', b'no weights', (ROOT / 'vgg16.npz').read_bytes()[:100_000], bz2.compress(b'no pickle'),
+                    bz2.compress(pickle.dumps([np.ones(3)] * 32))[:-10]):
+        path.write_bytes(content)
+        refusal(doodle, path)
+
+
+@pytest.mark.parametrize('content', [{'a': 1}, [], [np.ones(3)] * 31, [1] * 32, [None] * 26, 7, [np.array(None)] * 32])
+def test_a_pickle_of_something_else_is_refused(doodle, tmp_path, content):
+    (tmp_path / 'a.pkl').write_bytes(pickle.dumps(content))
+    refusal(doodle, tmp_path / 'a.pkl')
+
+
+# ---- pickles ---------------------------------------------------------------------------------------------------------
+
+def unpickled(doodle, content):
+    return doodle.ArrayUnpickler(io.BytesIO(content), encoding='latin1').load()
+
+
+@pytest.mark.parametrize('protocol', range(6))
+def test_pickles_of_arrays_load_in_every_protocol(doodle, protocol):
+    numbers = np.random.default_rng(0).random((2, 3), np.float32)
+    arrays = [numbers, np.asfortranarray(numbers), np.arange(3, dtype='>f8')]
+    for array, loaded in zip(arrays, unpickled(doodle, pickle.dumps(arrays, protocol))):
+        assert array.dtype.kind == loaded.dtype.kind and np.array_equal(array, loaded)
+
+
+def test_a_pickle_of_python_2_loads(doodle):
+    """Its strings are bytes, with the opcode U, and an array's numbers are one of them."""
+    numbers = struct.pack('<6f', *range(250, 256))
+    array = (b'cnumpy.core.multiarray\n_reconstruct\n' b'cnumpy\nndarray\n' b'K\x00\x85' b'U\x01b' b'\x87R'
+             b'(K\x01' b'K\x02K\x03\x86' b'cnumpy\ndtype\n' b'U\x02f4K\x00K\x01\x87R' b'(K\x03U\x01<NNN'
+             b'J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb' b'\x89U\x18' + numbers + b'tb')
+    loaded, = unpickled(doodle, b'\x80\x02](' + array + b'e.')
+    assert loaded.dtype == np.float32 and loaded.tolist() == [[250, 251, 252], [253, 254, 255]]
+
+
+class Calls:
+    """Pickles as a call, which unpickling then makes."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize('protocol', [0, 2, 4])
+@pytest.mark.parametrize('call', [
+    Calls(os.system, 'touch touched'), Calls(eval, 'open("touched", "w")'), Calls(exec, 'open("touched", "w")'),
+    Calls(getattr, np.zeros(3), 'tofile'), Calls(np.zeros(3).tofile, 'touched'), Calls(np.save, 'touched.npy', 1),
+    Calls(np.load, 'a.npy'), Calls(np.fromfile, 'a'), Calls(io.open, 'touched', 'w'), Calls(print, 'touched')])
+def test_a_pickle_that_calls_anything_is_refused(doodle, tmp_path, monkeypatch, capsys, call, protocol):  # fault 15
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.pkl').write_bytes(pickle.dumps([call] * 32, protocol))
+    assert 'which no array needs' in refusal(doodle, 'a.pkl')
+    assert os.listdir() == ['a.pkl'] and capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('module, name', [
+    ('numpy.f2py.__main__', 'main'), ('numpy.testing', 'runstring'), ('numpy', 'ndarray.tofile'), ('os', 'dtype'),
+    ('numpy.lib.npyio', 'DataSource'), ('numpy.ctypeslib', 'load_library'), ('builtins', '_reconstruct')])
+def test_a_pickle_that_names_anything_but_an_array_is_refused(doodle, module, name):  # fault 15
+    content = b'\x80\x04' + b''.join(b'\x8c' + bytes([len(text)]) + text.encode() for text in (module, name)) + b'\x93.'
+    with pytest.raises(pickle.UnpicklingError, match=module):
+        unpickled(doodle, content)
+
+
+# ---- which weights ---------------------------------------------------------------------------------------------------
+
+def find(doodle, *arguments):
+    return doodle.find_weights(doodle.parse_options(['--style=a.png', *arguments]))
+
+
+def test_a_layer_that_the_network_lacks_is_named(doodle):
+    for layer in ('5_2', '3_4'):
+        for option in ('style', 'content'):
+            with pytest.raises(doodle.UserError) as error:
+                find(doodle, '--network=vgg16', f'--{option}-layers=1_1,{layer}')
+            assert f'conv{layer}' in error.value.args[0] and 'conv5_1' in error.value.args[0]
+
+
+def test_weights_of_another_network_than_asked_for_are_refused(doodle):
+    with pytest.raises(doodle.UserError, match='vgg16, not vgg19'):
+        find(doodle, '--network=vgg19', f'--weights={BUNDLE}')
+    assert find(doodle, '--network=vgg16', f'--weights={BUNDLE}')[0].kind == 'vgg16'
+
+
+def test_the_original_file_is_found_beside_the_script_then_in_this_folder(doodle, tmp_path, monkeypatch):
+    for folder in ('script', 'here'):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    monkeypatch.setattr(doodle, '__file__', str(tmp_path / 'script/doodle.py'))
+    shutil.copy(BUNDLE, tmp_path / 'script')
+    script, here = tmp_path / 'script/vgg19_conv.pkl.bz2', tmp_path / 'here/vgg19_conv.pkl.bz2'
+
+    save_pickle(script, hollow(doodle, 'vgg19'))
+    os.link(script, here)
+    assert find(doodle)[0].path == str(script)
+    script.unlink()
+    assert (find(doodle)[0].path, find(doodle)[0].kind) == ('vgg19_conv.pkl.bz2', 'vgg19')
+    assert find(doodle, '--network=vgg16')[0].path == str(tmp_path / 'script/vgg16.npz')
+
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+def test_features_are_those_of_the_twin(doodle):
+    names, fake = ['4_1', '1_2', '2_1', '3_2'], golden_data.weights('fake')
+    weights = doodle.Weights('vgg19', {name[4:]: pair for name, pair in fake.items()}, '', '')
+    image = np.random.default_rng(0).uniform(0, 255, (3, 45, 38)).astype(np.float32)    # odd sizes lose rows in pooling
+    x = doodle.T.tensor3()
+    symbols = doodle.features(doodle.build_network(weights, names), x, names)
+    assert list(symbols) == names
+    expected = twin.features(fake, np.float64(image), '4_1')                            # {layer: (C, H, W)}
+    for name, ours in zip(names, doodle.theano.function([x], list(symbols.values()))(image)):
+        truth = np.moveaxis(expected[name], 0, 2)
+        assert ours.shape == truth.shape and ours.dtype == np.float32
+        np.testing.assert_allclose(ours, truth, rtol=1e-4, atol=1e-5 * truth.max())
+
+
+@pytest.mark.parametrize('names', [['1_1'], ['3_1', '2_2'], ['1_2', '4_1']])
+def test_the_network_is_built_as_deep_as_needed_and_no_deeper(doodle, names):
+    weights, _ = doodle.read_weights(BUNDLE)
+    order = list(weights.layers)
+    assert list(doodle.build_network(weights, names)) == order[:order.index(max(names)) + 1]

@@ -1,0 +1,157 @@
+"""L-BFGS-B and the way through the phases, on losses that need no network."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from golden_data import FOLDER
+
+SHAPE = 3, 6, 5
+
+
+class Quadratic:
+    """sum s (x - target)^2, and what it was asked for; `sign` = -1 gives a gradient that points the wrong way."""
+
+    def __init__(self, target, sign=1):
+        self.target, self.sign, self.asked = target, sign, []
+        self.slope = np.random.default_rng(0).uniform(.1, 5, SHAPE)
+
+    def __call__(self, x):
+        assert x.shape == SHAPE
+        self.asked.append(x.copy())
+        difference = x - self.target
+        return (self.slope * difference ** 2).sum(), self.sign * 2 * self.slope * difference
+
+
+def random(low=0, high=255, seed=1):
+    return np.random.default_rng(seed).uniform(low, high, SHAPE)
+
+
+def constant(asked):
+    """A loss without a slope."""
+    def evaluate(x):
+        asked.append(x.copy())
+        return 1., np.zeros(SHAPE)
+    return evaluate
+
+
+# ---- minimise --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('evaluations', [1, 2, 3, 10, 77])
+def test_the_loss_is_evaluated_exactly_as_often_as_asked(doodle, evaluations):
+    smooth, misleading, asked = Quadratic(random()), Quadratic(random(), sign=-1), []
+    for evaluate in (smooth, misleading, constant(asked)):
+        doodle.minimise(evaluate, random(seed=2), evaluations, lambda x: None)
+    assert len(smooth.asked) == len(misleading.asked) == len(asked) == evaluations
+
+
+def test_the_result_is_the_last_accepted_image(doodle):
+    start, loss, accepted = random(), Quadratic(random(seed=2)), []
+    before = start.copy()
+    result = doodle.minimise(loss, start, 12, accepted.append)
+    values = [loss(x)[0] for x in [start, *accepted]]
+    assert len(accepted) > 3 and (result == accepted[-1]).all() and (start == before).all()
+    assert all(later < earlier for earlier, later in zip(values, values[1:]))          # none is a view of another
+    assert all(any((x == asked).all() for asked in loss.asked[:12]) for x in accepted)
+
+
+def test_where_no_step_is_better_the_start_stays(doodle):
+    result = doodle.minimise(Quadratic(random(), sign=-1), random(seed=2), 60, lambda x: None)
+    np.testing.assert_allclose(result, random(seed=2), atol=1e-9)
+
+
+def test_the_minimum_is_found_within_0_and_255(doodle):
+    target = random(-100, 355)
+    loss = Quadratic(target)
+    result = doodle.minimise(loss, random(), 100, lambda x: None)
+    np.testing.assert_allclose(result, target.clip(0, 255), atol=1e-3)
+    assert np.min(loss.asked) == 0 and np.max(loss.asked) == 255
+
+
+# ---- paint -----------------------------------------------------------------------------------------------------------
+
+class Objective:
+    """A loss that knows nothing of networks: `pull` times the squared distance from an image of its own."""
+    style_layers, target = [], {}
+
+    def __init__(self, doodle, pull=0., fails_at=None):
+        self.doodle, self.pull, self.fails_at, self.phases, self.asked = doodle, pull, fails_at, [], []
+
+    def set_phase(self, *arguments):
+        self.phases.append(arguments)
+
+    def __call__(self, x):
+        if len(self.asked) == self.fails_at:
+            raise self.doodle.Interrupted(2)
+        self.asked.append(x.copy())
+        difference = x - 200 * np.cos(np.arange(x.size)).reshape(x.shape)
+        total, gradient = (self.pull * difference ** 2).sum(), 2 * self.pull * difference
+        return self.doodle.Evaluation(total, {}, {}, 0., gradient, 0., 0.)
+
+
+@pytest.fixture
+def painted(doodle, tmp_path, monkeypatch):
+    """Paint with an objective; returns the journal, the images it was told to accept and the sizes of those it saved."""
+    monkeypatch.chdir(tmp_path)
+
+    def painted(objective, *arguments):
+        options = doodle.parse_options([
+            f'--style={FOLDER / "face_style.png"}', f'--content={FOLDER / "face_content.png"}', '--output=out.png',
+            '--save-every=0', '--print-every=0', *arguments])
+        inputs, _ = doodle.read_inputs(options)
+        journal = doodle.Journal(options, inputs.size, {})
+        seen = SimpleNamespace(journal=journal, accepted=[], saved=[], inputs=inputs)
+        accept, save = journal.accept, journal.save
+        monkeypatch.setattr(journal, 'accept', lambda x: (seen.accepted.append(x.copy()), accept(x)))
+        monkeypatch.setattr(journal, 'save', lambda: (seen.saved.append(np.shape(journal.image)), save())[1])
+        try:
+            doodle.paint(objective, inputs, options, 5, journal)
+        except doodle.Interrupted:
+            journal.save()
+        return seen
+    return painted
+
+
+def test_each_phase_has_its_sizes_pictures_maps_and_evaluations(doodle, painted):
+    objective = Objective(doodle, pull=.5)
+    inputs = painted(objective, '--phases=3', '--iterations=4').inputs
+    assert [x.shape for x in objective.asked] == 4 * [(3, 28, 24)] + 4 * [(3, 56, 48)] + 4 * [(3, 112, 96)]
+    widths = zip(objective.phases, (24, 48, 96), (31, 62, 124))
+    for (content, style, content_map, style_map, size), width, style_width in widths:
+        assert size == (width, width * 7 // 6) and content.shape == (3, *size[::-1]) and style.shape[2] == style_width
+        assert content_map is inputs.content_map and style_map is inputs.style_map
+    content, style, *_ = objective.phases[-1]
+    assert (content == inputs.content[:, :, ::-1].transpose(2, 0, 1)).all()
+    assert (style == inputs.style[:, :, ::-1].transpose(2, 0, 1)).all()
+
+
+def test_a_phase_starts_from_the_last_result_in_floating_point(doodle, painted):  # fault 6
+    objective = Objective(doodle)                                                      # no slope: the noise stays
+    painted(objective, '--phases=2', '--iterations=1', '--seed-range=100:101')
+    first, second = objective.asked
+    assert 100 <= first.min() < first.max() <= 101
+    assert 99.5 < second.min() < second.max() < 101.5 and len(np.unique(second)) > second.size / 2
+    assert (second == doodle.enlarged(first, (96, 112))).all()
+
+
+def test_the_result_is_written_after_every_phase_at_full_size(doodle, painted):
+    seen = painted(Objective(doodle, pull=.5), '--phases=3', '--iterations=5')
+    assert seen.saved == [(3, 28, 24), (3, 56, 48), (3, 112, 96)]
+    written = doodle.read_picture('out.png')
+    assert (written == doodle.pixels(seen.accepted[-1], (96, 112))).all()
+
+
+@pytest.mark.parametrize('evaluations', [5, 6, 7, 15, 20])
+def test_an_interruption_leaves_the_last_accepted_image(doodle, painted, evaluations):  # fault 16
+    objective = Objective(doodle, pull=.5, fails_at=evaluations)
+    seen = painted(objective, '--phases=2', '--iterations=12')
+    written = doodle.read_picture('out.png')
+    assert (written == doodle.pixels(seen.accepted[-1], (96, 112))).all()
+    assert (written != doodle.pixels(objective.asked[0], (96, 112))).any()
+    if evaluations > 13:
+        assert (written != doodle.pixels(objective.asked[12], (96, 112))).any()
+
+
+def test_an_interruption_before_the_first_evaluation_leaves_nothing(doodle, painted, tmp_path):
+    seen = painted(Objective(doodle, fails_at=0), '--phases=1')
+    assert seen.journal.save() is False and not (tmp_path / 'out.png').exists()

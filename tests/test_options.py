@@ -1,0 +1,229 @@
+"""The command line, and what the machine must have, from the outside."""
+import ast
+import os
+import pty
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import doodle as program
+from conftest import ROOT
+from golden_data import FOLDER
+
+DEFAULTS = dict(
+    content=None, content_weight=10.0, content_layers=['4_2'],
+    style=None, style_weight=25.0, style_layers=['3_1', '4_1'],
+    semantic_ext='_sem.png', semantic_weight=10.0,
+    output='output.png', output_size=None, phases=3, slices=2, cache=0,
+    smoothness=1.0, variety=0.0, seed='noise', seed_range=(16.0, 240.0),
+    iterations=100, device='cpu', print_every=10, save_every=10)
+OURS = dict(max_size=None, random_seed=None, network=None, weights=None, frames='frames', log=None)
+
+NATURAL = ['0', '-1', '1.5', 'ten', '']
+WHOLE = ['-1', '1.5', 'ten', '']
+WEIGHT = ['-1', 'nan', 'inf', '-inf', '1e999', 'ten', '']
+LAYERS = ['6_1', '0_1', '1_3', '3_5', '3-1', 'conv3_1', '3_1,', '3_1 4_1', '']
+BAD = {
+    '--output-size': ['640', '640x', 'x480', '0x480', '640x0', '640X480', '-640x480', '6.4x4', '6x4x3', ''],
+    '--max-size': NATURAL, '--phases': NATURAL, '--iterations': NATURAL, '--slices': NATURAL,
+    '--random-seed': WHOLE, '--print-every': WHOLE, '--save-every': WHOLE,
+    '--cache': ['2', '-1', 'yes', ''],
+    '--seed-range': ['16', '240:16', '-1:5', '0:256', 'a:b', 'nan:240', '16:nan', '1:2:3', ':', ''],
+    '--content-weight': WEIGHT, '--style-weight': WEIGHT, '--smoothness': WEIGHT, '--semantic-weight': WEIGHT,
+    '--variety': WEIGHT,
+    '--content-layers': LAYERS, '--style-layers': LAYERS,
+    '--network': ['vgg', 'VGG19', 'resnet', ''],
+    '--device': ['tpu', 'GPU0', 'gpu-1', 'cuda:0', 'gpu0,gpu1', 'opencl0', 'cpu0', ''],
+}
+GOOD = [
+    ('--output-size=640x480', (640, 480)), ('--seed-range=0:255', (0, 255)), ('--seed-range=7:7', (7, 7)),
+    ('--random-seed=0', 0), ('--print-every=0', 0), ('--save-every=0', 0),
+    ('--style-weight=0', 0), ('--smoothness=1e-3', 1e-3), ('--cache=1', 1), ('--slices=1000', 1000),
+    ('--style-layers=5_4,1_1,5_4', ['5_4', '1_1']),
+    ('--device=gpu0', 'cuda0'), ('--device=gpu12', 'cuda12'), ('--device=gpu', 'cuda'), ('--device=cuda1', 'cuda1'),
+    ('--device=opencl0:1', 'opencl0:1'),
+]
+
+TEXTURE = [f'--style={FOLDER / "texture_style.png"}', '--network=vgg16', '--style-layers=2_1', '--phases=1',
+           '--iterations=1']
+
+
+def python(code, *arguments, **environment):
+    """The output of Python code in a process of its own, in which `import doodle` works."""
+    return subprocess.run([sys.executable, '-c', code, *arguments], cwd=ROOT, timeout=600, text=True, check=True,
+                          env=os.environ | environment, capture_output=True).stdout
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+def test_defaults_are_those_of_the_original():
+    options = vars(program.parse_options(['--style=a.png']))
+    assert options == {**DEFAULTS, **OURS, 'style': 'a.png'}
+
+
+def test_the_command_of_the_post_is_understood():
+    options = program.parse_options(
+        '--style samples/gollum.png --content samples/jim_carrey.png --output face_transfer.png --device=gpu0 '
+        '--phases=4 --iterations=1000 --content-weight=10 --style-weight=10'.split())
+    assert (options.device, options.phases, options.iterations, options.content_weight) == ('cuda0', 4, 1000, 10)
+
+
+@pytest.mark.parametrize('option, value', GOOD)
+def test_good_values_are_taken(option, value):
+    name = option[2:].split('=')[0].replace('-', '_')
+    assert getattr(program.parse_options(['--style=a.png', option]), name) == value
+
+
+@pytest.mark.parametrize('option, value', [(option, value) for option, values in BAD.items() for value in values])
+def test_bad_values_are_refused_by_name(refused, option, value):
+    problem, _ = refused('--style=a.png', f'{option}={value}')
+    assert problem.startswith(f'argument {option}: ')
+
+
+def test_every_option_that_is_no_text_has_bad_values_above():
+    kinds = {flag: kind for rows in program.OPTIONS.values() for flag, kind, *_ in rows}
+    assert set(BAD) == {flag for flag, kind in kinds.items() if kind is not str}
+
+
+@pytest.mark.parametrize('arguments', [['--nonsense'], ['a.png'], ['--style'], ['--phases=two'], ['--content=a.png']])
+def test_a_mistake_ends_the_process_with_2_and_two_lines(run, tmp_path, arguments):
+    done = run(tmp_path, *arguments)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert re.fullmatch(r'ERROR: .+\n  FIX: .+\n', done.stderr)
+
+
+def test_no_arguments_show_a_command_to_try(run, tmp_path):  # fault 12
+    done = run(tmp_path)
+    assert done.returncode == 2
+    _, fix = done.stderr.splitlines()
+    command = re.search('python3 doodle.py (.+?)[.]?$', fix).group(1).split()
+    options = program.parse_options(command)
+    assert (ROOT / options.style).is_file() and (ROOT / options.content).is_file()
+
+
+def test_the_largest_random_seed_that_is_drawn_can_be_given_again(tmp_path, monkeypatch, capsys):  # fault 9
+    largest = SimpleNamespace(randbits=lambda bits: 2 ** bits - 1, randbelow=lambda end: end - 1)
+    monkeypatch.setattr(program, 'secrets', largest)
+    monkeypatch.setattr(program, 'import_theano', lambda device: (device, None))
+    monkeypatch.setattr(program, 'Objective', lambda *_: sys.exit())
+    with pytest.raises(SystemExit):
+        program.run([*TEXTURE, f'--output={tmp_path / "o.png"}', '--save-every=0'])
+    seed = int(re.search(r'Random seed (\d+)', capsys.readouterr().out).group(1))
+    assert program.parse_options(['--style=a.png', f'--random-seed={seed}']).random_seed == seed
+
+
+def test_help_needs_no_package_and_lists_every_option_in_its_group():
+    text, modules = python(
+        'import runpy, sys\n'
+        'sys.argv = ["doodle.py", "--help"]\n'
+        'try: runpy.run_path("doodle.py", run_name="__main__")\n'
+        'except SystemExit as end: assert not end.code\n'
+        'print("MODULES", *sys.modules)', COLUMNS='120').split('MODULES')
+    assert not {'numpy', 'PIL', 'theano', 'lasagne', 'scipy', 'h5py', 'tqdm'} & set(modules.split())
+    for title, rows in program.OPTIONS.items():
+        section = text.split(f'\n{title}:\n')[1].split('\n\n')[0]
+        assert re.findall(r'^  (--\S+)', section, re.MULTILINE) == [flag for flag, *_ in rows]
+
+
+# ---- the terminal ----------------------------------------------------------------------------------------------------
+
+def on_a_terminal(folder, **environment):
+    """What a run that ends early prints on a terminal."""
+    ours, theirs = pty.openpty()
+    subprocess.run([sys.executable, ROOT / 'doodle.py', '--style=none.png'], cwd=folder, stdout=theirs,
+                   stderr=subprocess.DEVNULL, env={**os.environ, 'NO_COLOR': '', **environment})
+    os.close(theirs)
+    with open(ours, 'rb', buffering=0) as terminal:
+        return terminal.read(1000).decode()
+
+
+def test_a_terminal_gets_bold_a_pipe_and_no_color_get_plain_text(run, tmp_path):
+    assert '\033[1mNeural Doodle\033[0m for' in on_a_terminal(tmp_path)
+    for plain in (on_a_terminal(tmp_path, NO_COLOR='1'), run(tmp_path, '--style=none.png', NO_COLOR='').stdout):
+        assert 'Neural Doodle for semantic style transfer.' in plain and '\033' not in plain
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+def test_another_python_is_refused_in_a_sentence():
+    assert ast.parse((ROOT / 'doodle.py').read_text(), feature_version=(3, 8))    # older ones understand it so far
+    for version in ((3, 8, 20), (3, 12, 1)):
+        problem, fix, code = python('import sys, doodle\n'
+                                    'sys.stderr = sys.stdout\n'
+                                    f'sys.version_info = {version}\n'
+                                    'print(doodle.main(sys.argv[1:]))', '--style=a.png').splitlines()
+        assert f'Python 3.{version[1]}' in problem and '3.11' in fix and code == '2'
+
+
+def test_no_compiler_is_a_sentence(run, tmp_path):
+    done = run(tmp_path, *TEXTURE, PATH=str(tmp_path), THEANO_FLAGS='')
+    assert done.returncode == 2
+    assert re.fullmatch(r'ERROR: There is no g\+\+.*\n  FIX: install g\+\+.*\n', done.stderr)
+
+
+def test_no_python_headers_are_a_sentence(tmp_path, monkeypatch):
+    program.check_compiler()
+    monkeypatch.setattr(program.sysconfig, 'get_paths', lambda: {'include': str(tmp_path)})
+    with pytest.raises(program.UserError, match='headers') as error:
+        program.check_compiler()
+    assert 'python3-dev' in error.value.args[1]
+
+
+def theano_flags(**environment):
+    """THEANO_FLAGS as Theano would find them."""
+    made = python('import doodle, os, sys\n'
+                  'sys.modules["theano"] = None\n'
+                  'doodle.import_pillow()\n'
+                  'try: doodle.import_theano("cpu")\n'
+                  'except (ImportError, doodle.UserError): print(os.environ["THEANO_FLAGS"])', **environment)
+    return dict(flag.split('=', 1) for flag in made.strip().split(','))
+
+
+def test_theano_flags_of_the_user_win_key_by_key():
+    ours = theano_flags(THEANO_FLAGS='')
+    assert ours['floatX'] == 'float32' and ours['blas.ldflags'] and ours['dnn.enabled'] == 'False'
+    theirs = {'optimizer': 'fast_compile', 'dnn.enabled': 'auto', 'blas.ldflags': '-lmyblas'}
+    both = theano_flags(THEANO_FLAGS=', '.join(f'{key}={value}' for key, value in theirs.items()))
+    assert both == {**{key: value for key, value in ours.items() if key != 'gcc.cxxflags'}, **theirs}
+
+
+def test_compiler_flags_of_the_user_join_those_that_the_blas_needs():
+    ours = theano_flags(THEANO_FLAGS='').get('gcc.cxxflags', '').split()
+    both = theano_flags(THEANO_FLAGS='gcc.cxxflags=-march=native -O1')['gcc.cxxflags'].split()
+    assert set(both) == {*ours, '-march=native', '-O1'}
+
+
+def test_theano_takes_the_flags():
+    config = python('import doodle, sys\n'
+                    'doodle.import_pillow()\n'
+                    'print(doodle.import_theano("cpu"))\n'
+                    'config = doodle.theano.config\n'
+                    'print(config.optimizer, config.floatX, config.device, config.cxx != "")',
+                    THEANO_FLAGS='optimizer=fast_compile')
+    assert config == "('cpu', None)\nfast_compile float32 cpu True\n"
+
+
+def test_a_home_that_cannot_be_written_moves_the_compile_cache(tmp_path):
+    flags = theano_flags(HOME=str(tmp_path / 'none'), TMPDIR=str(tmp_path), THEANO_FLAGS='')
+    assert flags['base_compiledir'].startswith(str(tmp_path))
+    assert 'base_compiledir' not in theano_flags(THEANO_FLAGS='')
+
+
+def test_a_gpu_that_cannot_be_had_is_one_warning_and_the_cpu_does_the_work(run, tmp_path):
+    done = run(tmp_path, *TEXTURE, '--device=gpu99', '--log=log', THEANO_FLAGS='')
+    assert done.returncode == 0 and 'Traceback' not in done.stderr
+    warning, = re.findall('^WARNING.*$', done.stdout, re.MULTILINE)
+    assert 'cuda99' in warning and 'FIX' in warning
+    assert 'Using device `cpu`' in done.stdout and '`cpu`' in done.stdout.splitlines()[-1]
+    assert '"device": "cpu"' in (tmp_path / 'log').read_text().splitlines()[0]
+
+
+def test_the_warning_names_the_device_of_theano_flags(tmp_path):
+    printed = python('import doodle, sys\n'
+                     'doodle.Objective = lambda *_: sys.exit()\n'
+                     'doodle.main(sys.argv[1:])', *TEXTURE, f'--output={tmp_path / "o.png"}', '--save-every=0',
+                     THEANO_FLAGS='device=cuda98')
+    assert 'cuda98 cannot be used' in printed and 'cpu cannot' not in printed
