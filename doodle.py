@@ -238,8 +238,12 @@ def one_line(error):
 
 
 def say(text=''):
-    """A line for the person watching."""
-    print(text, flush=True)
+    """A line for the person watching, in whatever characters the terminal has."""
+    encoding = sys.stdout.encoding or 'utf-8'
+    try:
+        print(text.encode(encoding, 'backslashreplace').decode(encoding), flush=True)
+    except BrokenPipeError:                                             # nobody watches any more: the picture is wanted
+        sys.stdout = open(os.devnull, 'w')
 
 
 def bold(text):
@@ -485,7 +489,7 @@ def read_inputs(options):
 
     # A style layer needs one 3x3 patch, a content layer one pixel, in the smallest phase.
     least, layer = max((2 ** (int(layer[0]) - 1) * (3 if layer in options.style_layers else 1), layer)
-                       for layer in options.style_layers + options.content_layers)
+                       for layer in options.style_layers + (options.content_layers if content is not None else []))
     for name, (width, height) in (('result', size), ('style picture', style.shape[1::-1])):
         if min(phase_size((width, height), 0, options.phases)) < least:
             fits = int(math.log2(max(1, min(width, height) / least))) + 1
@@ -839,7 +843,7 @@ def keep_compiled_code():
         if vars(op).get('__props__') == ():
             op.__props__ = NoProps()
 
-    def version(op):                                                    # Theano's own is hash(), another in each process
+    def version(op):                                                    # Theano's is hash(), another in each process
         return (zlib.crc32(''.join(op.func_codes).encode()),)
     theano.gof.op.COp.c_code_cache_version = version
 
@@ -863,7 +867,10 @@ def import_theano(device):
     check_compiler()
     user = dict(flag.split('=', 1) for flag in os.environ.get('THEANO_FLAGS', '').split(',') if '=' in flag)
     user = {key.strip(): value for key, value in user.items()}
-    device = user.pop('device', device)
+    device = re.sub('^gpu', 'cuda', user.pop('device', device))
+    if user.get('floatX', 'float32') != 'float32':
+        raise UserError(f"THEANO_FLAGS asks for floatX={user['floatX']}, and the program computes in float32.",
+                        'leave floatX out of THEANO_FLAGS')
     flags = {'floatX': 'float32', 'device': 'cpu', 'dnn.enabled': 'False', 'print_active_device': 'False'}
     if 'blas.ldflags' not in user:
         flags.update(blas_flags())
@@ -1778,15 +1785,15 @@ os.umask(UMASK)
 @contextlib.contextmanager
 def written_whole(path):
     """A binary file that appears at `path` whole, at the end of the block, or not at all."""
-    folder, name = os.path.split(path)
-    handle, temporary = tempfile.mkstemp(dir=folder or '.', prefix=f'.{name}.')
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or '.', prefix='.doodle-')
     try:
         with os.fdopen(handle, 'wb') as file:
             yield file
         os.chmod(temporary, 0o666 & ~UMASK)                             # mkstemp's files are for their owner alone
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
 
 
@@ -1806,7 +1813,7 @@ def claim_frames(folder):
         os.makedirs(place, exist_ok=True)
         try:
             if not any(re.fullmatch(r'\d{4,}\.png', name) for name in os.listdir(place)):
-                with open(os.path.join(place, 'command.txt'), 'x') as file:
+                with open(os.path.join(place, 'command.txt'), 'x', errors='surrogateescape') as file:
                     file.write(' '.join(sys.argv) + '\n')
                 return place
         except FileExistsError:
@@ -1968,10 +1975,12 @@ def main(arguments):
         return run(arguments)
     except UserError as error:
         problem, fix = error.args
-    except MemoryError:
-        problem, fix = 'There is not enough memory.', 'more --slices, or a smaller --max-size'
     except OSError as error:
         problem, fix = f'{error.filename or "A file"}: {error.strerror}.', 'check the disk and its permissions'
+    except Exception as error:  # Theano's convolutions and libgpuarray have errors of their own for a lack of memory
+        if not isinstance(error, MemoryError) and not re.search('out of memory|failed to alloc', str(error), re.I):
+            raise
+        problem, fix = 'There is not enough memory.', 'more --slices, or a smaller --max-size'
     except Interrupted as signal_number:
         say(f'\n{bold("Interrupted")} before the first evaluation: there is nothing to save.')
         return 128 + signal_number.args[0]

@@ -298,8 +298,14 @@ doodle.Objective.set_phase = with_16_mb_left'''
     assert 'not enough memory' in ends_with(pictures, limit, *TEXTURE, '--phases=1', '--output-size=60x52')
 
 
-def test_a_lack_of_memory_in_numpy_is_called_so(refused, monkeypatch):  # fault 11
-    monkeypatch.setattr('doodle.run', lambda arguments: np.empty(1 << 55))
+@pytest.mark.parametrize('error', [
+    MemoryError(), RuntimeError('GpuCorrMM failed to allocate working memory of 576 x 3000000\n'),
+    RuntimeError('BaseGpuCorrMM: Failed to allocate output of 1 x 64 x 1500 x 2000\nApply node: ..'),
+    Exception("b'cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY: out of memory'")])
+def test_a_lack_of_memory_is_called_so_on_a_gpu_as_well(doodle, refused, monkeypatch, error):  # fault 11
+    def run(arguments):
+        raise error
+    monkeypatch.setattr(doodle, 'run', run)
     assert 'not enough memory' in refused()[0]
 
 

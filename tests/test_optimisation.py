@@ -127,11 +127,12 @@ def test_each_phase_has_its_sizes_pictures_maps_and_evaluations(doodle, painted)
 
 def test_a_phase_starts_from_the_last_result_in_floating_point(doodle, painted):  # fault 6
     objective = Objective(doodle)                                                      # no slope: the noise stays
-    painted(objective, '--phases=2', '--iterations=1', '--seed-range=100:101')
+    seen = painted(objective, '--phases=2', '--iterations=1', '--seed-range=100:101')
     first, second = objective.asked
     assert 100 <= first.min() < first.max() <= 101
     assert 99.5 < second.min() < second.max() < 101.5 and len(np.unique(second)) > second.size / 2
     assert (second == doodle.enlarged(first, (96, 112))).all()
+    assert seen.saved == [(3, 56, 48), (3, 112, 96)]                                   # also where no step was better
 
 
 def test_the_result_is_written_after_every_phase_at_full_size(doodle, painted):
