@@ -803,6 +803,17 @@ def find_weights(options):
 
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
+def allowed_cores():
+    """How many cores this process may use: those of its CPU set, or fewer by the quota of its cgroup (v2 or v1)."""
+    cores, quotas = len(os.sched_getaffinity(0)), (['cpu.max'], ['cpu/cpu.cfs_quota_us', 'cpu/cpu.cfs_period_us'])
+    for files in quotas:
+        with contextlib.suppress(OSError, ValueError):                  # no such file; 'max', which is no number
+            text = ' '.join(open(os.path.join('/sys/fs/cgroup', file)).read() for file in files)
+            quota, period = map(int, text.split())
+            cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
+    return cores
+
+
 def check_compiler():
     """Theano compiles C: without a compiler it would run, a hundred times slower, without a word."""
     if not shutil.which('g++') and 'cxx=' not in os.environ.get('THEANO_FLAGS', ''):
@@ -1924,6 +1935,7 @@ def interrupt(number, frame):
 def run(arguments):
     """The program, from options to result; returns the exit code."""
     options = parse_options(arguments)
+    os.environ.setdefault('OMP_NUM_THREADS', str(allowed_cores()))      # NumPy's BLAS reads it when it is imported
     import_pillow()
     say(bold('Neural Doodle') + ' for semantic style transfer.')
     inputs, remarks = read_inputs(options)

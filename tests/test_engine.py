@@ -1,4 +1,6 @@
 """The engine's two Ops against the plain formulas and against brute force, over odd, prime and tiny shapes."""
+import io
+
 import numpy as np
 import pytest
 
@@ -88,6 +90,21 @@ def test_matching_refuses_what_has_no_patch_or_does_not_fit(found):
     for u, v in (((2, 5, 3), (5, 5, 3)), ((5, 5, 3), (5, 2, 3)), ((5, 5, 3), (5, 5, 4))):
         with pytest.raises(ValueError):
             found(np.ones(u, np.float32), np.ones(v, np.float32))
+
+
+@pytest.mark.parametrize('files, cores', [
+    ({}, 8), ({'cpu.max': 'max 100000\n'}, 8), ({'cpu.max': '250000 100000\n'}, 3), ({'cpu.max': '50000 100000\n'}, 1),
+    ({'cpu/cpu.cfs_quota_us': '-1\n', 'cpu/cpu.cfs_period_us': '100000\n'}, 8),
+    ({'cpu/cpu.cfs_quota_us': '400000\n', 'cpu/cpu.cfs_period_us': '100000\n'}, 4)])
+def test_cores_are_those_of_the_cpu_set_and_the_cgroup(doodle, monkeypatch, files, cores):
+    def opened(path, *_):
+        name = path.removeprefix('/sys/fs/cgroup/')
+        if name not in files:
+            raise FileNotFoundError(path)
+        return io.StringIO(files[name])
+    monkeypatch.setattr(doodle.os, 'sched_getaffinity', lambda _: set(range(8)))
+    monkeypatch.setattr(doodle, 'open', opened, raising=False)
+    assert doodle.allowed_cores() == cores
 
 
 def test_a_whole_run_is_that_of_the_plain_formulas(doodle):
