@@ -172,7 +172,7 @@ OPTIONS = {
     'matching': (
         ('--semantic-weight', weight,  '10.0',       'X',      'weight of the maps against the features; 0: no maps'),
         ('--variety',         weight,  '0.0',        'X',      'bias toward style patches that are used little'),
-        ('--slices',          natural, '2',          'N',      'match the style patches in this many batches (memory)'),
+        ('--slices',          natural, '2',          'N',      'on a GPU, match the style patches in so many batches'),
         ('--cache',           switch,  '0',          '0|1',    '1: find the matches once a phase only'),
     ),
     'optimisation': (
@@ -1992,7 +1992,7 @@ def main(arguments):
     except Exception as error:  # Theano's convolutions and libgpuarray have errors of their own for a lack of memory
         if not isinstance(error, MemoryError) and not re.search('out of memory|failed to alloc', str(error), re.I):
             raise
-        problem, fix = 'There is not enough memory.', 'more --slices, or a smaller --max-size'
+        problem, fix = 'There is not enough memory.', 'a smaller --max-size; on a GPU also more --slices'
     except Interrupted as signal_number:
         say(f'\n{bold("Interrupted")} before the first evaluation: there is nothing to save.')
         return 128 + signal_number.args[0]
