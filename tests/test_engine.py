@@ -7,6 +7,7 @@ import pytest
 import twin
 from conftest import ROOT
 from golden_data import FOLDER
+from test_matching import brute_force
 
 SIZES = [(1, 1), (1, 9), (2, 3), (4, 4), (5, 9), (31, 37), (23, 101)]
 FILTERS = [(3, 64, False), (64, 3, False), (5, 7, True), (17, 33, False), (31, 100, True), (1, 1, False)]
@@ -54,11 +55,6 @@ def found(doodle):
     plain = doodle.theano.function([u, v], doodle.fast_match(u, v, 1)[0])
     varied = doodle.theano.function([u, v, history], doodle.fast_match(u, v, 1, np.float32(0.3), history))
     return lambda u, v, *history: varied(u, v, *history) if history else plain(u, v)
-
-
-def brute_force(u, v):
-    """S (M, N) of style patch j and image patch i, from (H, W, D) and (h, w, D)."""
-    return twin.scores(np.moveaxis(v, 2, 0).astype(float) / 3, np.moveaxis(u, 2, 0).astype(float) / 3)
 
 
 @pytest.mark.parametrize('H, W, h, w, D', [

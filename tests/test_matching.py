@@ -25,7 +25,7 @@ def found(doodle):
 
 def brute_force(u, v):
     """S (M, N) of style patch j and image patch i, from (H, W, D) and (h, w, D)."""
-    return twin.scores(np.moveaxis(v, 2, 0) / 3, np.moveaxis(u, 2, 0) / 3)
+    return twin.scores(np.moveaxis(v, 2, 0).astype(float) / 3, np.moveaxis(u, 2, 0).astype(float) / 3)
 
 
 def assert_best(S, j):
