@@ -1000,7 +1000,7 @@ def match(u, v, slices, variety=None, history=None):
     ----------
     u : symbolic (H, W, D)
     v : symbolic (h, w, D)
-    slices : symbolic int
+    slices : int
         Rows of style patches are taken in so many batches; any number gives the same matches.
     variety : symbolic scalar
     history : symbolic ((h - 2) (w - 2),)
@@ -1014,29 +1014,23 @@ def match(u, v, slices, variety=None, history=None):
         The new h, where there was one.
     """
     (H, W, D), (h, w) = (u.shape[k] for k in range(3)), (v.shape[0], v.shape[1])
-    slices = T.minimum(slices, h - 2)
-
-    def step(k, best, matches, *past):
-        above, below = (h - 2) * k // slices, (h - 2) * (k + 1) // slices                   # rows of style patches
+    best, matches, best_of = T.alloc(np.float32(-np.inf), (H - 2) * (W - 2)), np.int64(0), history
+    for k in range(slices):
+        above = T.minimum((h - 2) * k // slices, h - 3)                                     # the batch's rows of patches
+        below = T.maximum((h - 2) * (k + 1) // slices, above + 1)                           # are one at least
         rows = below - above
         products = T.dot(u.reshape((H * W, D)), v[above:below + 2].reshape(((rows + 2) * w, D)).T)
         products = products.reshape((H, W, rows + 2, w))
         S = sum(products[y:H - 2 + y, x:W - 2 + x, y:rows + y, x:w - 2 + x] for y in range(3) for x in range(3)) / 9
         S = S.reshape(((H - 2) * (W - 2), rows * (w - 2)))                                  # (i, j)
-        past = list(past)
-        if past:
+        if history is not None:
             batch = slice(above * (w - 2), below * (w - 2))
-            past = [T.set_subtensor(past[0][batch], T.max_and_argmax(S.T, axis=1)[0])]
+            best_of = T.set_subtensor(best_of[batch], T.max_and_argmax(S.T, axis=1)[0])
             S -= variety * history[batch]
         score, j = T.max_and_argmax(S, axis=1)
-        better = T.gt(score, best)
-        return [T.switch(better, score, best), T.switch(better, j + above * (w - 2), matches)] + past
-
-    patches = (H - 2) * (W - 2)
-    start = [T.alloc(np.float32(-np.inf), patches), T.alloc(np.int64(0), patches)]
-    start += [history] if history is not None else []
-    (_, matches, *past), _ = theano.scan(step, sequences=T.arange(slices), outputs_info=start)
-    return matches[-1], past[0][-1] if past else None
+        matches = T.switch(T.gt(score, best), j + above * (w - 2), matches)
+        best = T.maximum(score, best)
+    return matches, best_of
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -1596,7 +1590,6 @@ class Objective:
         # Numbers are variables too, so that the same compiled code serves all their values.
         self.numbers = {name: theano.shared(np.float32(0)) for name in
                         ('content_weight', 'style_weight', 'smoothness', 'semantic_weight', 'variety')}
-        self.slices = theano.shared(np.int64(1))
         self.target = {layer: array(3) for layer in self.content_layers}                    # f of content, (H, W, C)
         self.style = {layer: array(3) for layer in self.style_layers}                       # g, (h, w, C)
         self.keys = {layer: array(3) for layer in self.style_layers}                        # v, (h, w, C + K)
@@ -1613,7 +1606,7 @@ class Objective:
         for layer in self.style_layers:
             u = theano.gradient.disconnected_grad(matching_key(f[layer], self.maps[layer], w))
             matches[layer], history = (fast_match if fast else match)(
-                u, self.keys[layer], self.slices, self.numbers['variety'], self.history[layer])
+                u, self.keys[layer], options.slices, self.numbers['variety'], self.history[layer])
             updates += [(self.matches[layer], matches[layer])]
             updates += [(self.history[layer], history)] if options.variety else []
         self.matching = self.compiled(x, f, matches, updates)
@@ -1640,7 +1633,6 @@ class Objective:
         """
         for name, variable in self.numbers.items():
             variable.set_value(np.float32(getattr(self.options, name)))
-        self.slices.set_value(self.options.slices)
         if self.target:
             f = dict(zip(self.layers, self.features(np.float32(content))))
             for layer, target in self.target.items():
@@ -1683,9 +1675,9 @@ class Objective:
                           np.float64(gradient), time.perf_counter() - start, self.matching_seconds() - matched)
 
     def matching_seconds(self):
-        """Time spent in matching so far."""
+        """Time that the engine spent in matching so far."""
         return sum(seconds for node, seconds in self.matching.profile.apply_time.items()
-                   if isinstance(node.op, (Matching, theano.scan_module.scan_op.Scan)))
+                   if isinstance(node.op, Matching))
 
 
 # ---- optimisation ----------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Ours:
         self.network = theano.function([x], theano.grad(T.sum(f ** 2), x))
         find = doodle.fast_match if fast else doodle.match
         u = {layer: T.tensor3() for layer in self.objective.style_layers}
-        self.search = theano.function(list(u.values()), [find(u[layer], key, self.objective.slices)[0]
+        self.search = theano.function(list(u.values()), [find(u[layer], key, options.slices)[0]
                                                          for layer, key in self.objective.keys.items()])
 
     def evaluate(self, x):
