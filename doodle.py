@@ -251,6 +251,11 @@ def bold(text):
     return f'\033[1m{text}\033[0m' if sys.stdout.isatty() and not os.environ.get('NO_COLOR') else text
 
 
+def swatch(colour):
+    """A patch of an RGB colour on a terminal, unless NO_COLOR is set."""
+    return '\033[48;2;{};{};{}m    \033[0m '.format(*colour) if bold('') else ''
+
+
 # ---- images and maps -------------------------------------------------------------------------------------------------
 
 # The program's inputs, read and checked: pictures are (H, W, 3) uint8 RGB, maps (H, W, K) uint8, or None.
@@ -401,6 +406,35 @@ def map_channels(maps):
     return channels, f'{len(classes)} map colours, some black or shades of each other: each is a class of its own.'
 
 
+def legend(maps):
+    """What each colour covers of the maps, and what in them may not be meant, in lines for the person watching.
+
+    Parameters
+    ----------
+    maps : dict of str to (H, W, 3) uint8 arrays
+        By the name of their picture, ``'content'`` and ``'style'``.
+    """
+    classes = map_classes(list(maps.values()))                                              # (K, 3)
+    codes = {name: colour_codes(colours) for name, colours in maps.items()}
+    lines, warnings = [], []
+    for colour, code in zip(classes.astype(int), colour_codes(classes).astype(int)):
+        shares = {name: (code == codes[name]).mean() for name in maps}
+        lines.append(f'{swatch(colour)}#{code:06x}  ' +
+                     '  '.join(f'{name} {share:6.1%}' for name, share in shares.items()))
+        present = [name for name, share in shares.items() if share >= 0.001]
+        if len(present) < len(maps):
+            warnings.append(f'#{code:06x} is in the map of the {present[0]} only: what it covers has no counterpart. '
+                            'FIX: paint it in both maps')
+    for name, colours in codes.items():
+        between = 1 - np.isin(colours, colour_codes(classes)).mean()
+        if between > 0.01:
+            warnings.append(f'{between:.1%} of the map of the {name} lies between its colours, as where brushes are '
+                            'soft. FIX: paint without anti-aliasing, and save as PNG')
+    if len(classes) > 16:
+        warnings.append(f'The maps have {len(classes)} colours. FIX: a few large parts, each of one colour')
+    return lines + [bold(f'WARNING: {text}.') for text in warnings]
+
+
 def pooled_map(channels, size, layer):
     """A map as a layer of the network sees it: at the phase's size, averaged over 1, 2, 4, 8 or 16 pixels.
 
@@ -470,8 +504,10 @@ def read_inputs(options):
         else:
             content_map = read_map(map_paths['content'], options.content, content)
         style_map = read_map(map_paths['style'], options.style, style)
+        remarks += [f'Adding `{map_paths[name]}` as semantic map.' for name in found]
+        remarks += legend({'content': content_map, 'style': style_map})
         (content_map, style_map), remark = map_channels([content_map, style_map])
-        remarks += [f'Adding `{map_paths[name]}` as semantic map.' for name in found] + [remark] * bool(remark)
+        remarks += [remark] * bool(remark)
     else:
         remarks.append('No semantic maps: patches are matched by their features alone.')
 
@@ -952,11 +988,12 @@ def build_network(weights, names, fast=False):
     for name in order[:max(map(order.index, names)) + 1]:
         (W, b), pool = weights.layers[name], name.endswith('_1') and name != '1_1'
         if fast:
-            how = dict(b=None, nonlinearity=None, convolution=fast_convolution(W, b, pool))
+            unused = theano.shared(np.float32(0).reshape(1, 1, 1, 1))
+            how = dict(W=unused, b=None, nonlinearity=None, convolution=fast_convolution(W, b, pool))
         else:
-            how = dict(b=b, convolution=convolution)
+            how = dict(W=np.ascontiguousarray(W), b=b, convolution=convolution)
             layer = lasagne.layers.Pool2DLayer(layer, 2, mode='average_inc_pad') if pool else layer
-        layer = network[name] = lasagne.layers.Conv2DLayer(layer, len(W), 3, W=np.ascontiguousarray(W), **how)
+        layer = network[name] = lasagne.layers.Conv2DLayer(layer, len(W), 3, **how)
     return network
 
 
@@ -1135,8 +1172,9 @@ static void product(long rows, long columns, long depth, const float *A, long ld
     }
 }
 
-/* Working memory, kept from call to call: to get fresh pages costs more than what is done in them. */
-static float *workspace(size_t floats) {
+/* Working memory, kept from call to call: to get fresh pages costs more than what is done in them. Not static, since
+   then all Ops share it. */
+inline float *workspace(size_t floats) {
     static std::vector<float> kept;
     if (kept.size() < floats + 16) {
         std::vector<float>().swap(kept);
@@ -1565,6 +1603,21 @@ def fast_match(u, v, slices, variety=None, history=None):
 Evaluation = namedtuple('Evaluation', 'total content style smooth gradient seconds matching_seconds')
 
 
+def depth_first(graph):
+    """The order in which Theano runs a graph's nodes, each value just before its use: its own keeps more of them."""
+    order, done, stack = [], set(), [variable.owner for variable in reversed(graph.outputs)]
+    before = graph.orderings()                                          # who reads what a node overwrites
+    while stack:
+        node = stack[-1]
+        needed = [variable.owner for variable in node.inputs] + list(before.get(node, ())) if node else []
+        needed = [other for other in needed if other and other not in done]
+        if node and node not in done and not needed:
+            order.append(node)
+            done.add(node)
+        stack = stack + needed[::-1] if needed and node not in done else stack[:-1]
+    return order
+
+
 class Objective:
     """The total loss of an image and its gradient, compiled once and set anew for each phase.
 
@@ -1615,11 +1668,12 @@ class Objective:
     def compiled(self, x, f, matches, updates):
         """The function x -> loss terms and the gradient of their sum, the matches held fixed."""
         number = self.numbers
-        terms = [number['content_weight'] * content_loss(f[layer], target) for layer, target in self.target.items()]
-        terms += [number['smoothness'] * smoothness_loss(x)]
+        terms = [number['smoothness'] * smoothness_loss(x)]
         terms += [number['style_weight'] * style_loss(f[layer], g, matches[layer]) for layer, g in self.style.items()]
+        terms += [number['content_weight'] * content_loss(f[layer], target) for layer, target in self.target.items()]
         profile = theano.compile.ProfileStats(atexit_print=False, flag_time_thunks=True)    # times the matching
-        return theano.function([x], terms + [theano.grad(sum(terms), x)], updates=updates, profile=profile)
+        mode = theano.Mode(theano.gof.vm.VM_Linker(use_cloop=True, schedule=depth_first))
+        return theano.function([x], terms + [theano.grad(sum(terms), x)], updates=updates, profile=profile, mode=mode)
 
     def set_phase(self, content, style, content_map, style_map, size):
         """Compute what stays the same during a phase.
@@ -1670,7 +1724,7 @@ class Objective:
         if not np.isfinite(terms).all() or not np.isfinite(gradient).all():
             raise FloatingPointError('the loss or its gradient is not finite')
         terms = list(map(float, terms))
-        content, (smooth, *style) = terms[:len(self.target)], terms[len(self.target):]
+        smooth, style, content = terms[0], terms[1:][:len(self.style)], terms[1 + len(self.style):]
         return Evaluation(sum(terms), dict(zip(self.target, content)), dict(zip(self.style, style)), smooth,
                           np.float64(gradient), time.perf_counter() - start, self.matching_seconds() - matched)
 
@@ -1718,7 +1772,7 @@ def minimise(evaluate, x, evaluations, accept):
 
     while used < evaluations:                                          # a line search that found nothing starts afresh
         try:
-            optimize.minimize(counted, accepted.ravel(), jac=True, method='L-BFGS-B', bounds=optimize.Bounds(0, 255),
+            optimize.minimize(counted, accepted.ravel(), jac=True, method='L-BFGS-B', bounds=[(0, 255)] * x.size,
                               callback=took, options=dict(maxcor=5, ftol=0, gtol=0, maxfun=1 << 30, maxiter=1 << 30))
         except Spent:
             pass

@@ -301,6 +301,25 @@ def test_maps_may_have_another_ending(pictures):
     assert doodle.map_path('a.b/c.jpg', '-map.png') == 'a.b/c-map.png'
 
 
+def test_the_legend_tells_the_share_of_each_colour_and_nothing_odd_of_clean_maps():
+    red, blue = (255, 0, 0), (0, 0, 255)
+    lines = doodle.legend({'content': np.uint8([[red, red, red, blue]]), 'style': np.uint8([[red, blue]])})
+    assert [line.split() for line in lines] == [['#0000ff', 'content', '25.0%', 'style', '50.0%'],
+                                                ['#ff0000', 'content', '75.0%', 'style', '50.0%']]
+
+
+@pytest.mark.parametrize('content, style, warning', [
+    ([(255, 0, 0)], [(255, 0, 0), (0, 255, 0)], '#00ff00 is in the map of the style only'),
+    ([(0, 0, 255), (255, 0, 0)], [(255, 0, 0)], '#0000ff is in the map of the content only'),
+    ([(k, 0, 0) for k in range(17)], [(k, 0, 0) for k in range(17)], 'The maps have 17 colours'),
+    ([(255, 0, 0)] * 2000 + [(250 - k, k, 0) for k in range(30)], [(255, 0, 0)], '1.5% of the map of the content lies'),
+])
+def test_the_legend_warns_of_what_may_not_be_meant(content, style, warning):
+    warnings = [line for line in doodle.legend({'content': np.uint8([content]), 'style': np.uint8([style])})
+                if 'WARNING' in line]
+    assert len(warnings) == 1 and warning in warnings[0] and 'FIX: ' in warnings[0]
+
+
 # ---- modes -----------------------------------------------------------------------------------------------------------
 
 def test_style_and_content_give_a_transfer_of_the_size_of_the_content(pictures):
