@@ -42,6 +42,7 @@ Papers:
 import argparse
 import bz2
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import http.client
@@ -880,6 +881,12 @@ class NoProps(tuple):
 
     def __reduce__(self):
         return tuple, ()
+
+
+def return_freed_memory():
+    """Let glibc give back what is freed at once, where by itself it keeps blocks of up to 32 MB and their gaps."""
+    with contextlib.suppress(OSError, AttributeError):                  # other C libraries do
+        ctypes.CDLL('libc.so.6').mallopt(-3, 4 << 20)                   # M_MMAP_THRESHOLD
 
 
 def keep_compiled_code():
@@ -1772,8 +1779,8 @@ def minimise(evaluate, x, evaluations, accept):
 
     while used < evaluations:                                          # a line search that found nothing starts afresh
         try:
-            optimize.minimize(counted, accepted.ravel(), jac=True, method='L-BFGS-B', bounds=[(0, 255)] * x.size,
-                              callback=took, options=dict(maxcor=5, ftol=0, gtol=0, maxfun=1 << 30, maxiter=1 << 30))
+            optimize.fmin_l_bfgs_b(counted, accepted.ravel(), bounds=[(0, 255)] * x.size, callback=took, m=5, factr=0,
+                                   pgtol=0, maxfun=1 << 30, maxiter=1 << 30)  # minimize() makes a tuple for each bound
         except Spent:
             pass
     return accepted
@@ -1982,6 +1989,7 @@ def run(arguments):
     """The program, from options to result; returns the exit code."""
     options = parse_options(arguments)
     os.environ.setdefault('OMP_NUM_THREADS', str(allowed_cores()))      # NumPy's BLAS reads it when it is imported
+    return_freed_memory()
     import_pillow()
     say(bold('Neural Doodle') + ' for semantic style transfer.')
     inputs, remarks = read_inputs(options)
