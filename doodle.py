@@ -47,6 +47,7 @@ import fcntl
 import hashlib
 import http.client
 import importlib
+import io
 import json
 import logging
 import math
@@ -188,6 +189,7 @@ OPTIONS = {
         ('--save-every',      whole,   '10',         'N',      'write a frame every N evaluations; 0: never'),
         ('--frames',          str,     'frames',     'DIR',    'folder of the frames'),
         ('--log',             str,     None,         'PATH',   'write every evaluation as a line of JSON'),
+        ('--resume',          bool,    False,        None,     'go on from the checkpoint of a run that did not end'),
     ),
 }
 
@@ -222,8 +224,8 @@ def parse_options(arguments):
     for title, rows in OPTIONS.items():
         group = parser.add_argument_group(title)
         for flag, kind, default, value, meaning in rows:
-            group.add_argument(flag, type=kind, default=default, metavar=value,
-                               help=meaning + (f' (default: {default})' if default else ''))
+            how = dict(action='store_true') if kind is bool else dict(type=kind, default=default, metavar=value)
+            group.add_argument(flag, **how, help=meaning + (f' (default: {default})' if default else ''))
     options = parser.parse_args(arguments)
     for flag, kind, *_ in sum(OPTIONS.values(), ()):
         if kind is str and flag != '--semantic-ext' and getattr(options, flag[2:].replace('-', '_')) == '':
@@ -240,10 +242,11 @@ def one_line(error):
 
 def say(text=''):
     """A line for the person watching, in whatever characters the terminal has."""
+    sys.stdout = sys.stdout or open(os.devnull, 'w')                    # None where it was closed
     encoding = sys.stdout.encoding or 'utf-8'
     try:
         print(text.encode(encoding, 'backslashreplace').decode(encoding), flush=True)
-    except BrokenPipeError:                                             # nobody watches any more: the picture is wanted
+    except OSError:                                                     # nobody watches any more: the picture is wanted
         sys.stdout = open(os.devnull, 'w')
 
 
@@ -567,7 +570,8 @@ def mounted():
 def place_output(options):
     """Where the output would be lost with the container, choose a copy on a mounted folder: ``options.copy``, or None.
 
-    Where it could not even be written (a read-only container), the copy becomes the output.
+    Where it could not even be written (a read-only container), the copy becomes the output. The checkpoint lies beside
+    what is kept.
     """
     options.copy = None
     if mounts() is not None and not mount_of(options.output):
@@ -577,6 +581,7 @@ def place_output(options):
             options.copy = os.path.join(folders[0], os.path.basename(options.output))
             if not os.access(os.path.dirname(options.output) or '.', os.W_OK):
                 options.output, options.copy = options.copy, None
+    options.checkpoint = (options.copy or options.output) + '.checkpoint.npz'
 
 
 def kept(options):
@@ -592,7 +597,8 @@ def check_written(options, read):
     """Refuse what would overwrite an input or could not be written at the end; make the missing folders."""
     folders = {'--frames': options.frames} if options.save_every else {}
     place_output(options)
-    for flag, path in (('--output', options.output), ('--output', options.copy), ('--log', options.log)):
+    for flag, path in (('--output', options.output), ('--output', options.copy), ('--log', options.log),
+                       ('--output', options.checkpoint)):
         if path is None:
             continue
         if any(same_file(path, other) for other in read if other):
@@ -617,7 +623,7 @@ def image_format(path):
     Image.init()
     name = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
     try:
-        Image.new('RGB', (1, 1)).save(tempfile.TemporaryFile(), format=name)
+        Image.new('RGB', (1, 1)).save(io.BytesIO(), format=name)
     except (KeyError, ValueError, OSError):
         raise UserError(f'{path!r} does not end like a picture that can be written.',
                         'end it in .png or .jpg') from None
@@ -1727,8 +1733,8 @@ class Objective:
         if self.fresh and self.options.variety and not self.options.cache:
             self.matching(x)                                            # to know which patches are used much
         *terms, gradient = (self.matching if self.fresh else self.cached)(x)
-        self.fresh = False
-        if not np.isfinite(terms).all() or not np.isfinite(gradient).all():
+        self.fresh = not np.isfinite(terms).all() or not np.isfinite(gradient).all()         # then none of it is kept
+        if self.fresh:
             raise FloatingPointError('the loss or its gradient is not finite')
         terms = list(map(float, terms))
         smooth, style, content = terms[0], terms[1:][:len(self.style)], terms[1 + len(self.style):]
@@ -1759,17 +1765,26 @@ def minimise(evaluate, x, evaluations, accept):
     -------
     float64 array
         The last accepted image.
+
+    Raises
+    ------
+    FloatingPointError
+        The loss was no number, or a million times the first, and so again after a new start from the last accepted
+        image.
     """
     class Spent(Exception):
         """There are no evaluations left."""
-    used, accepted = 0, np.float64(x)
+    used, accepted, limit, failed = 0, np.float64(x), None, False
 
     def counted(flat):
-        nonlocal used
+        nonlocal used, limit
         if used == evaluations:
             raise Spent
         used += 1
         loss, gradient = evaluate(flat.reshape(x.shape))
+        limit = limit or 1e6 * max(1, loss)
+        if not loss <= limit:
+            raise FloatingPointError('the loss blew up')
         return loss, gradient.ravel()
 
     def took(flat):
@@ -1783,6 +1798,11 @@ def minimise(evaluate, x, evaluations, accept):
                                    pgtol=0, maxfun=1 << 30, maxiter=1 << 30)  # minimize() makes a tuple for each bound
         except Spent:
             pass
+        except FloatingPointError as error:
+            if failed:
+                raise
+            failed = True
+            say(bold(f'WARNING: {one_line(error)}: going on from the last good image.'))
     return accepted
 
 
@@ -1820,10 +1840,10 @@ def paint(objective, inputs, options, random_seed, journal):
     options : argparse.Namespace
     random_seed : int
     journal : Journal
-        Is told of every phase, evaluation and accepted image.
+        Is told of every phase, evaluation and accepted image; knows where a checkpoint goes on.
     """
-    x = None
-    for phase in range(options.phases):
+    x = journal.image
+    for phase in range(journal.phase, options.phases):
         size = phase_size(inputs.size, phase, options.phases)
         style = resized(inputs.style, phase_size(inputs.style.shape[1::-1], phase, options.phases), Image.LANCZOS)
         content = None if inputs.content is None else planes(resized(inputs.content, size, Image.LANCZOS))
@@ -1835,9 +1855,9 @@ def paint(objective, inputs, options, random_seed, journal):
             evaluation = objective(x)
             journal.record(x, evaluation)
             return evaluation.total, evaluation.gradient
-        x = minimise(evaluate, x, options.iterations, journal.accept)
+        x = minimise(evaluate, x, options.iterations - journal.evaluation, journal.accept)
         journal.accept(x)
-        journal.save()
+        journal.save(last=phase == options.phases - 1)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -1849,7 +1869,9 @@ os.umask(UMASK)
 @contextlib.contextmanager
 def written_whole(path):
     """A binary file that appears at `path` whole, at the end of the block, or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or '.', prefix='.doodle-')
+    folder = os.path.dirname(path) or '.'
+    os.makedirs(folder, exist_ok=True)                                  # it may have vanished since it was checked
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix='.doodle-')
     try:
         with os.fdopen(handle, 'wb') as file:
             yield file
@@ -1886,8 +1908,57 @@ def claim_frames(folder):
         place = os.path.join(folder, f'run-{attempt}')
 
 
+# Options that change nothing in the picture, or whose files are compared instead.
+FREE = {'style', 'content', 'output', 'copy', 'semantic_ext', 'random_seed', 'slices', 'device', 'network', 'weights',
+        'print_every', 'save_every', 'frames', 'log', 'resume', 'checkpoint'}
+
+
+def explained(inputs, weights, options, random_seed):
+    """What explains a run, as JSON: the log's first line, and what `--resume` compares."""
+    checksums = {name: None if array is None else hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+                 for name, array in inputs._asdict().items() if name != 'size'}
+    return json.loads(json.dumps(dict(
+        device=options.device, network=weights.kind, weights=dict(path=weights.path, sha256=weights.sha256),
+        random_seed=random_seed, options=vars(options), inputs=checksums,
+        shapes=dict(output=inputs.size[::-1], style=inputs.style.shape[:2],
+                    map_channels=0 if inputs.style_map is None else inputs.style_map.shape[2]))))
+
+
+def read_checkpoint(path, header):
+    """What the run of this `header` left at `path`: its state, and arrays by name; UserError if another run did."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        state = json.loads(str(arrays.pop('state')))
+        then, now = state['header'], header
+        seed = then['random_seed'] if now['random_seed'] is None else now['random_seed']
+        pairs = {'--' + name.replace('_', '-'): (then['options'][name], value)
+                 for name, value in now['options'].items() if name not in FREE}
+        pairs |= {f'the picture `{name}`': (then['inputs'][name], now['inputs'][name]) for name in now['inputs']}
+        pairs |= {'the size': (then['shapes'], now['shapes']),
+                  'the file of weights': (then['weights']['sha256'], now['weights']['sha256']),
+                  '--random-seed': (then['random_seed'], seed)}
+    except Exception as error:  # a broken file can raise anything
+        raise UserError(f'{path!r} cannot be read as a checkpoint: {one_line(error)}.',
+                        'delete it, or leave --resume out, to start anew') from None
+    for name, (before, after) in pairs.items():
+        if before != after:
+            values = f': {before} then, {after} now' if name.startswith('--') else ''
+            raise UserError(f'{path!r} is of a run in which {name} was another{values}.',
+                            'resume with what it was, or leave --resume out to start anew')
+    return state, arrays
+
+
+def remembered(objective):
+    """The variables in which an objective keeps what it knows from one evaluation to the next, by name."""
+    return {f'{kind} {layer}': variable for kind in ('history', 'matches')
+            for layer, variable in getattr(objective, kind).items() if variable is not None}
+
+
 class Journal:
-    """What a run tells and leaves behind: lines, progress, frames, the log, the result.
+    """What a run tells and leaves behind: lines, progress, frames, the log, the checkpoint, the result.
+
+    What cannot be written never ends a run: the person watching is told why, once.
 
     Parameters
     ----------
@@ -1895,21 +1966,60 @@ class Journal:
     size : (width, height) of the result
     header : dict
         The log's first line: what explains the run.
+    checkpoint : (dict, dict of str to array) or None
+        State and arrays of the run to go on with.
     """
 
-    def __init__(self, options, size, header):
-        self.options, self.size, self.image, self.saved = options, size, None, False
-        self.number, self.error, self.start = 0, 255., time.time()
-        self.frames = None
-        self.log = open(options.log, 'w') if options.log else None
-        self.write_log(header)
-        self.bar = tqdm(total=options.phases * options.iterations, disable=not sys.stderr.isatty(), leave=False)
+    def __init__(self, options, size, header, checkpoint=None):
+        self.options, self.size, self.header, self.saved, self.told = options, size, header, False, set()
+        self.state, self.arrays = checkpoint or ({}, {})
+        self.number, self.phase = self.state.get('number', 0), self.state.get('phase', 0)
+        self.image, self.objective, self.frames = self.arrays.get('image'), None, None
+        if self.state and self.state['header']['options']['frames'] == options.frames:
+            self.frames = self.state['frames']
+        self.bar = tqdm(total=options.phases * options.iterations, initial=self.number,
+                        disable=not sys.stderr.isatty(), leave=False)
+        self.log, self.unwritten = None, b''
+        if self.state and options.log and os.path.isfile(options.log):
+            with open(options.log, 'rb') as file:                       # what was logged until the checkpoint stays
+                kept = file.readlines()[:self.number + 1]
+            with written_whole(options.log) as file:
+                file.writelines(kept)
+            self.log = open(options.log, 'ab', buffering=0)
+        elif options.log:
+            self.log = open(options.log, 'wb', buffering=0)
+            self.write_log(header)
+
+    @contextlib.contextmanager
+    def spared(self, path):
+        """A block in which what cannot be written at `path` is told, the first time, and the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            if path not in self.told:
+                self.say(bold(f'WARNING: `{path}` cannot be written: {error.strerror or one_line(error)}. '
+                              'The run goes on. FIX: make room, or let the folder be written.'))
+            self.told.add(path)
 
     def write_log(self, entry):
         """Append one line of JSON."""
         if self.log:
-            self.log.write(json.dumps(entry) + '\n')
-            self.log.flush()
+            self.unwritten += json.dumps(entry).encode() + b'\n'
+            with self.spared(self.options.log):
+                while self.unwritten:
+                    self.unwritten = self.unwritten[self.log.write(self.unwritten):]
+
+    def write_checkpoint(self):
+        """Write what `--resume` needs to go on from the last accepted image."""
+        if self.objective is None:                                      # nothing was done since an earlier one
+            return
+        state = dict(header=self.header, number=self.number, phase=self.phase, evaluation=self.evaluation,
+                     error=self.error, frames=self.frames)
+        arrays = {name: variable.get_value() for name, variable in remembered(self.objective).items()}
+        content = io.BytesIO()                                          # zipfile has words of its own for a full disk
+        np.savez(content, state=json.dumps(state), image=np.float32(self.image), **arrays)
+        with self.spared(self.options.checkpoint), written_whole(self.options.checkpoint) as file:
+            file.write(content.getbuffer())
 
     def say(self, text):
         """A line above the progress bar."""
@@ -1918,7 +2028,11 @@ class Journal:
 
     def begin(self, phase, size, objective):
         """A phase starts."""
-        self.phase, self.error, self.evaluation, self.image = phase, 255., 0, None if phase == 0 else self.image
+        self.phase, self.objective = phase, objective
+        self.error, self.evaluation = self.state.pop('error', 255.), self.state.pop('evaluation', 0)
+        for name, variable in remembered(objective).items() if self.evaluation else ():
+            variable.set_value(self.arrays[name])                       # of the checkpoint
+            objective.fresh = False
         scale = 1 / 2 ** (self.options.phases - 1 - phase)
         self.say(f'\n{bold(f"Phase #{phase}")}: resolution {size[0]}x{size[1]}  scale {scale}')
         for layer in objective.style_layers:
@@ -1942,25 +2056,39 @@ class Journal:
             self.say(progress_line(self.number, evaluation, self.error, time.time() - self.since))
             self.since = time.time()
         if self.options.save_every and self.number % self.options.save_every == 0:
-            self.frames = self.frames or claim_frames(self.options.frames)
-            write_picture(pixels(x, x.shape[:0:-1]), os.path.join(self.frames, f'{self.number:04d}.png'))
+            with self.spared(self.options.frames):
+                self.frames = self.frames or claim_frames(self.options.frames)
+                write_picture(pixels(x, x.shape[:0:-1]), os.path.join(self.frames, f'{self.number:04d}.png'))
         self.write_log(dict(
             phase=self.phase, evaluation=self.evaluation, total=evaluation.total, content=evaluation.content,
             style=evaluation.style, smooth=evaluation.smooth, gradient_l2=float(np.linalg.norm(evaluation.gradient)),
             gradient_max=largest, seconds=evaluation.seconds, matching_seconds=evaluation.matching_seconds))
         self.number, self.evaluation = self.number + 1, self.evaluation + 1
+        if self.number % min(self.options.save_every or 10, 10) == 0:
+            self.write_checkpoint()
         self.bar.update()
 
     def accept(self, x):
         """An image better than the one before."""
         self.image, self.saved = x, False
 
-    def save(self):
-        """Write the last accepted image as the result; False if there is none."""
-        if self.image is not None and not self.saved:
-            for path in filter(None, (self.options.output, self.options.copy)):
-                write_picture(pixels(self.image, self.size), path)
-            self.saved = True
+    def save(self, last=True):
+        """Write the last accepted image as the result, the last time where it can be; False if there is none."""
+        if self.image is None or self.saved:
+            return self.saved
+        options, picture = self.options, pixels(self.image, self.size)
+        for path in filter(None, (options.output, options.copy)):
+            self.saved = False
+            with self.spared(path):
+                write_picture(picture, path)
+                self.saved = True
+        for folder in (options.frames, '.', '~', tempfile.gettempdir(), '/dev/shm') if last and not self.saved else ():
+            name = f'doodle-{secrets.token_hex(4)}-{os.path.basename(options.output)}'
+            path = os.path.join(os.path.expanduser(folder), name)
+            with contextlib.suppress(OSError):
+                write_picture(picture, path)
+                options.output, options.copy, self.saved = path, None, True
+                break
         return self.saved
 
 
@@ -1974,8 +2102,7 @@ def progress_line(number, evaluation, error, seconds):
             f'   time {seconds:.1f}s')
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, with its number."""
+Interrupted = KeyboardInterrupt                                         # itself: Theano wraps all others in its words
 
 
 def interrupt(number, frame):
@@ -1994,39 +2121,54 @@ def run(arguments):
     say(bold('Neural Doodle') + ' for semantic style transfer.')
     inputs, remarks = read_inputs(options)
     weights, remark = find_weights(options)
+    random_seed, checkpoint = options.random_seed, None
+    if os.path.exists(options.checkpoint):
+        if options.resume:
+            checkpoint = read_checkpoint(options.checkpoint, explained(inputs, weights, options, random_seed))
+            random_seed = checkpoint[0]['header']['random_seed']
+        else:
+            remarks.append(f'`{options.checkpoint}` of a run that did not end will be replaced; --resume would go on.')
+    elif options.resume:
+        remarks.append(f'There is no `{options.checkpoint}` to resume from: starting anew.')
+    random_seed = secrets.randbelow(10 ** 9) if random_seed is None else random_seed
     used, trouble = import_theano(options.device)
     if trouble:
         say(bold(f'WARNING: {trouble}. Computing on the CPU instead. '
                  'FIX: check the driver and pygpu (README, Troubleshooting), or use --device=cpu.'))
     say(f'  - Using device `{used}` for processing the images.')
-    random_seed = secrets.randbelow(10 ** 9) if options.random_seed is None else options.random_seed
     for line in remarks + [remark or f'Network {weights.kind} from `{weights.path}`.', f'Random seed {random_seed}.']:
         say(f'  - {line}')
     say('  - Compiling, which takes a minute the first time..')
     objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, used == 'cpu')
+    header = dict(explained(inputs, weights, options, random_seed), device=used)
     weights = weights._replace(layers=None)                             # the network has its own
 
-    journal = Journal(options, inputs.size, dict(
-        device=used, network=weights.kind, weights=dict(path=weights.path, sha256=weights.sha256),
-        random_seed=random_seed, options=vars(options),
-        shapes=dict(output=inputs.size[::-1], style=inputs.style.shape[:2],
-                    map_channels=0 if inputs.style_map is None else inputs.style_map.shape[2])))
+    journal = Journal(options, inputs.size, header, checkpoint)
     start = time.time()
     try:
+        if checkpoint:
+            journal.say(f'  - Going on from `{options.checkpoint}`, after {journal.number} evaluations.')
         paint(objective, inputs, options, random_seed, journal)
-    except Interrupted as signal_number:
         journal.bar.close()
-        saved = f'the image so far is in {kept(options)}' if journal.save() else 'there is nothing to save'
+        if not journal.saved:
+            raise UserError('The result could not be written anywhere.', 'make room, and --resume')
+        with contextlib.suppress(OSError):
+            os.unlink(options.checkpoint)
+        say(f'\n{bold("Optimization finished")} in {time.time() - start:.1f}s, average pixel error '
+            f'{journal.error:.1f}, on device `{used}`: {kept(options)}.')
+    except Interrupted as interruption:
+        journal.bar.close()
+        saved = 'there is nothing to save'
+        if journal.save():
+            journal.write_checkpoint()
+            saved = f'the image so far is in {kept(options)}; --resume goes on from there'
         say(f'\n{bold("Interrupted")} after {journal.number} evaluations on device `{used}`: {saved}.')
-        return 128 + signal_number.args[0]
+        return 128 + int(one_line(interruption))
     except FloatingPointError:
         journal.bar.close()
         saved = f'the last good image is in {kept(options)}' if journal.save() else 'nothing was saved'
         raise UserError(f'The loss is no longer a number after {journal.number} evaluations; {saved}.',
                         'try smaller weights, or another --random-seed') from None
-    journal.bar.close()
-    say(f'\n{bold("Optimization finished")} in {time.time() - start:.1f}s, average pixel error {journal.error:.1f}, '
-        f'on device `{used}`: {kept(options)}.')
     return 0
 
 
@@ -2047,9 +2189,9 @@ def main(arguments):
         if not isinstance(error, MemoryError) and not re.search('out of memory|failed to alloc', str(error), re.I):
             raise
         problem, fix = 'There is not enough memory.', 'a smaller --max-size; on a GPU also more --slices'
-    except Interrupted as signal_number:
+    except Interrupted as interruption:
         say(f'\n{bold("Interrupted")} before the first evaluation: there is nothing to save.')
-        return 128 + signal_number.args[0]
+        return 128 + int(one_line(interruption))
     print(f'ERROR: {problem}\n  FIX: {fix}.', file=sys.stderr)
     return 2
 

@@ -171,7 +171,7 @@ def test_the_log_begins_with_what_explains_the_run(texture, faces):
     assert texture.header['device'] == 'cpu' and len(texture.header['weights']['sha256']) == 64
     assert texture.header['options']['style_layers'] == ['3_1'] and texture.header['options']['iterations'] == 3
     assert faces.header['shapes'] == {'output': [112, 96], 'style': [108, 124], 'map_channels': 3}
-    assert list(texture.header) == ['device', 'network', 'weights', 'random_seed', 'options', 'shapes']
+    assert list(texture.header) == ['device', 'network', 'weights', 'random_seed', 'options', 'inputs', 'shapes']
 
 
 @pytest.mark.parametrize('run_of', ['texture', 'faces'])

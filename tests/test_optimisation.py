@@ -72,7 +72,7 @@ def test_the_minimum_is_found_within_0_and_255(doodle):
 
 class Objective:
     """A loss that knows nothing of networks: `pull` times the squared distance from an image of its own."""
-    style_layers, target = [], {}
+    style_layers, target, history, matches = [], {}, {}, {}
 
     def __init__(self, doodle, pull=0., fails_at=None):
         self.doodle, self.pull, self.fails_at, self.phases, self.asked = doodle, pull, fails_at, [], []
@@ -103,7 +103,7 @@ def painted(doodle, tmp_path, monkeypatch):
         seen = SimpleNamespace(journal=journal, accepted=[], saved=[], inputs=inputs)
         accept, save = journal.accept, journal.save
         monkeypatch.setattr(journal, 'accept', lambda x: (seen.accepted.append(x.copy()), accept(x)))
-        monkeypatch.setattr(journal, 'save', lambda: (seen.saved.append(np.shape(journal.image)), save())[1])
+        monkeypatch.setattr(journal, 'save', lambda **last: (seen.saved.append(np.shape(journal.image)), save(**last))[1])
         try:
             doodle.paint(objective, inputs, options, 5, journal)
         except doodle.Interrupted:

@@ -20,7 +20,7 @@ DEFAULTS = dict(
     output='output.png', output_size=None, phases=3, slices=2, cache=0,
     smoothness=1.0, variety=0.0, seed='noise', seed_range=(16.0, 240.0),
     iterations=100, device='cpu', print_every=10, save_every=10)
-OURS = dict(max_size=None, random_seed=None, network=None, weights=None, frames='frames', log=None)
+OURS = dict(max_size=None, random_seed=None, network=None, weights=None, frames='frames', log=None, resume=False)
 
 NATURAL = ['0', '-1', '1.5', 'ten', '']
 WHOLE = ['-1', '1.5', 'ten', '']
@@ -85,7 +85,7 @@ def test_bad_values_are_refused_by_name(refused, option, value):
 
 def test_every_option_that_is_no_text_has_bad_values_above():
     kinds = {flag: kind for rows in program.OPTIONS.values() for flag, kind, *_ in rows}
-    assert set(BAD) == {flag for flag, kind in kinds.items() if kind is not str}
+    assert set(BAD) == {flag for flag, kind in kinds.items() if kind not in (str, bool)}
 
 
 @pytest.mark.parametrize('arguments', [['--nonsense'], ['a.png'], ['--style'], ['--phases=two'], ['--content=a.png']])

@@ -1,0 +1,342 @@
+"""Runs that end early, disks that are full, losses that blow up: nothing is lost, and it is said."""
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import kill
+from conftest import ROOT
+from golden_data import FOLDER
+
+FACES = ['--style=face_style.png', '--content=face_content.png', '--output=o.png', '--network=vgg16', '--phases=2',
+         '--iterations=20', '--print-every=0', '--save-every=5', '--log=log']
+
+
+class Killed(BaseException):
+    """As sudden as SIGKILL: nothing catches it."""
+
+
+class Value:
+    """As far as the checkpoint goes, a shared variable of Theano's."""
+
+    def __init__(self):
+        self.value = np.zeros(0)
+
+    def get_value(self):
+        return self.value
+
+    def set_value(self, value):
+        self.value = value
+
+
+@pytest.fixture
+def painted(doodle, tmp_path, monkeypatch, capsys):
+    """The whole program in a folder with pictures, its loss a quadratic one without a network.
+
+    painted('--resume', ..., at={12: action}) acts instead of evaluation 12, counted from this start. Returns code, out,
+    err, `asked` (phase, image), the history before each evaluation, and the log.
+    """
+    monkeypatch.chdir(tmp_path)
+    for path in FOLDER.glob('face*.png'):
+        shutil.copy(path, tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def painted(*arguments, at={}):
+        seen = SimpleNamespace(asked=[], history=[], phase=None)
+
+        class Objective:
+            style_layers, target, fresh, matches = [], {}, True, {}
+
+            def __init__(self, *_):
+                self.history = {'3_1': Value()}
+
+            def set_phase(self, *_):
+                seen.phase = 0 if seen.phase is None else seen.phase + 1
+                self.fresh = True
+                self.history['3_1'].set_value(np.zeros(4))
+
+            def __call__(self, x):
+                number = len(seen.asked)
+                seen.asked.append(x.copy())
+                seen.history.append(None if self.fresh else self.history['3_1'].get_value()[0])
+                self.fresh = False
+                difference = x - 200 * np.cos(np.arange(x.size)).reshape(x.shape)
+                slope = 1 + np.arange(x.size).reshape(x.shape) % 7
+                total = at[number]() if number in at else (slope * difference ** 2).sum()
+                self.history['3_1'].set_value(self.history['3_1'].get_value() + 1)
+                if not np.isfinite(total or 0):
+                    raise FloatingPointError('the loss or its gradient is not finite')
+                return doodle.Evaluation(total, {}, {}, 0., 2 * slope * difference, 0., 0.)
+
+        monkeypatch.setattr(doodle, 'find_weights', lambda options: (
+            doodle.Weights('vgg16', None, 'a file', f'checksum of {options.weights}'), None))
+        monkeypatch.setattr(doodle, 'Objective', Objective)
+        monkeypatch.setattr(doodle, 'import_theano', lambda device: (device, None))
+        seen.code = doodle.main([*FACES, *arguments])
+        seen.out, seen.err = capsys.readouterr()
+        seen.log = [json.loads(line) for line in open('log')] if os.path.exists('log') else []
+        return seen
+    yield painted
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def stop(error):
+    def stop():
+        raise error
+    return stop
+
+
+CHECKPOINT = 'o.png.checkpoint.npz'
+NUMBERS = [(phase, k) for phase in (0, 1) for k in range(20)]
+
+
+def numbers(log):
+    return [(entry['phase'], entry['evaluation']) for entry in log[1:]]
+
+
+def checkpoint():
+    with np.load(CHECKPOINT, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('last, kept', [(3, 0), (5, 5), (9, 5), (17, 15), (20, 20), (23, 20), (39, 35)])
+def test_a_killed_run_goes_on_from_its_checkpoint(doodle, painted, last, kept):
+    with pytest.raises(Killed):
+        painted(at={last: stop(Killed)})
+    image = checkpoint()['image'] if kept else None
+    frames = set(os.listdir('frames'))
+    seed = json.loads(open('log').readline())['random_seed']
+    again = painted('--resume', '--print-every=10', '--save-every=4')
+    assert again.code == 0 and len(again.asked) == 40 - kept
+    assert ('starting anew' in again.out) == (kept == 0)
+    if kept:
+        assert f'after {kept} evaluations' in again.out and again.log[0]['random_seed'] == seed
+        shape = again.asked[0].shape
+        np.testing.assert_allclose(again.asked[0], doodle.enlarged(image, shape[:0:-1]), atol=1e-4)
+        assert again.history[0] == (kept % 20 or None)                                  # a new phase begins without
+        assert set(os.listdir('frames')) == frames | {f'{k:04d}.png' for k in range(kept, 40) if k % 4 == 0}
+    assert numbers(again.log) == NUMBERS
+    assert not os.path.exists(CHECKPOINT) and os.path.exists('o.png')
+
+
+def test_a_run_killed_again_and_again_has_every_evaluation_once(painted):
+    for _ in range(7):
+        with pytest.raises(Killed):
+            painted('--resume', at={7: stop(Killed)})
+    totals = [entry['total'] for entry in painted('--resume').log[1:]]
+    assert len(totals) == 40 and totals[19] < 1.001 * min(totals[:20]) and totals[39] < 1.001 * min(totals[20:])
+
+
+DIFFERENT = {
+    '--style-weight': ['--style-weight=24'], '--iterations': ['--iterations=21'], '--phases': ['--phases=1'],
+    '--style-layers': ['--style-layers=3_1'], '--seed': ['--seed=content'], '--seed-range': ['--seed-range=0:9'],
+    '--variety': ['--variety=1'], '--semantic-weight': ['--semantic-weight=0'], '--random-seed': ['--random-seed=0'],
+    'content': ['--content=other.png'], 'style': ['--style=other.png'], 'content_map': ['--content=mapped.png'],
+    'weights': ['--weights=other.npz'], '--cache': ['--cache=1'],
+}
+
+
+@pytest.mark.parametrize('what', DIFFERENT)
+def test_another_run_is_refused_and_told_what_differs(painted, tmp_path, what):
+    with pytest.raises(Killed):
+        painted('--random-seed=7', at={12: stop(Killed)})
+    for name in ('face_content', 'other', 'mapped'):                       # all but one pixel is the same
+        pixels = np.array(Image.open('face_content.png').convert('RGB'))
+        if name == 'other':
+            pixels[0, 0] ^= 1
+        Image.fromarray(pixels).save(f'{name}.png')
+        colours = np.array(Image.open('face_content_sem.png').convert('RGB'))
+        if name == 'mapped':
+            colours[:9, :9] = colours[60, 60]
+        Image.fromarray(colours).save(f'{name}_sem.png')
+    if what == 'style':
+        for end in ('', '_sem'):
+            pixels = np.array(Image.open(f'face_style{end}.png').convert('RGB'))
+            pixels[0, 0] ^= 0 if end else 1
+            Image.fromarray(pixels).save(f'other{end}.png')
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    refused = painted('--resume', *DIFFERENT[what])
+    assert refused.code == 2 and refused.err.startswith(f"ERROR: '{CHECKPOINT}' is of a run in which ")
+    assert re.search(rf'in which (the picture `{what}`|the file of {what}|{what}) was another[:.]', refused.err)
+    assert refused.err.count('\n') == 2 and not refused.asked
+    assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
+
+
+def test_what_changes_nothing_in_the_picture_may_differ(painted):
+    with pytest.raises(Killed):
+        painted(at={12: stop(Killed)})
+    shutil.copy('face_content.png', 'same.png')
+    shutil.copy('face_content_sem.png', 'same_map.png')
+    shutil.copy('face_style_sem.png', 'face_style_map.png')
+    again = painted('--resume', '--content=same.png', '--semantic-ext=_map.png', '--slices=7', '--frames=more',
+                    '--save-every=1', '--print-every=3')
+    assert again.code == 0 and len(again.asked) == 30 and '0010.png' in os.listdir('more')
+
+
+@pytest.mark.parametrize('content', [b'', b'no checkpoint', None, 'objects', 'empty'])
+def test_a_broken_checkpoint_is_refused_and_kept(painted, content):
+    with pytest.raises(Killed):
+        painted(at={12: stop(Killed)})
+    if content == 'objects':
+        np.savez(CHECKPOINT, state=np.array([print], dtype=object))
+    elif content == 'empty':
+        np.savez(CHECKPOINT, image=np.zeros(3))
+    else:
+        with open(CHECKPOINT, 'r+b') as file:
+            whole = file.read()
+            file.seek(0)
+            file.truncate()
+            file.write(whole[:len(whole) // 2] if content is None else content)
+    before = open(CHECKPOINT, 'rb').read()
+    refused = painted('--resume')
+    assert refused.code == 2 and 'cannot be read as a checkpoint' in refused.err and refused.err.count('\n') == 2
+    assert open(CHECKPOINT, 'rb').read() == before
+
+
+def test_a_checkpoint_that_is_not_wanted_is_mentioned_and_replaced(painted):
+    with pytest.raises(Killed):
+        painted(at={12: stop(Killed)})
+    again = painted()
+    assert f'`{CHECKPOINT}` of a run that did not end will be replaced' in again.out and len(again.asked) == 40
+
+
+def test_an_interruption_leaves_a_checkpoint_of_all_that_was_done(painted):
+    stopped = painted(at={13: stop(KeyboardInterrupt(signal.SIGTERM))})
+    assert stopped.code == 143 and '--resume goes on from there' in stopped.out
+    assert len(painted('--resume').asked) == 27
+
+
+def test_an_interruption_right_after_resuming_loses_nothing(painted):
+    with pytest.raises(Killed):
+        painted(at={12: stop(Killed)})
+    stopped = painted('--resume', at={0: stop(KeyboardInterrupt(signal.SIGINT))})
+    assert stopped.code == 130 and os.path.exists('o.png') and len(painted('--resume').asked) == 30
+
+
+def test_three_kills_of_a_real_run(tmp_path):
+    """The short form of kill.py."""
+    result = kill.kills(3, 4, 2, ['--phases=2', '--iterations=8', '--style-layers=3_1'], tmp_path, say=lambda _: None)
+    assert max(result.lost) <= 2 and result.left == 0
+    assert [entry[:2] for entry in result.log] == [(phase, k) for phase in (0, 1) for k in range(8)]
+
+
+# ---- disk ------------------------------------------------------------------------------------------------------------
+
+def full():
+    """From now on no file may grow beyond a few bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+
+
+def roomy(*_):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+
+def and_a_loss(action):
+    """For `at`: act, and go on with a loss that any image is better than."""
+    def act():
+        action()
+        return 1e12
+    return act
+
+
+def warnings(out):
+    return re.findall(r'^WARNING: `(.+?)` cannot be written: (.+?)\. The run goes on', out, re.MULTILINE)
+
+
+def test_a_disk_that_fills_up_costs_frames_and_checkpoints_and_nothing_else(painted):
+    try:
+        done = painted(at={7: and_a_loss(full), 33: and_a_loss(roomy)})
+    finally:
+        roomy()
+    assert done.code == 0 and len(done.asked) == 40 and os.path.exists('o.png')
+    told = warnings(done.out)
+    assert sorted(path for path, _ in told) == sorted(['log', 'frames', CHECKPOINT, 'o.png'])
+    assert {reason for _, reason in told} == {os.strerror(errno.EFBIG)}
+    assert sorted(os.listdir('frames')) == ['0000.png', '0005.png', '0035.png', 'command.txt']
+    assert numbers(done.log) == NUMBERS                                                  # what waited was written
+
+
+def test_a_result_that_cannot_be_written_goes_elsewhere(painted, doodle):
+    os.makedirs('deep')
+
+    def block():
+        shutil.rmtree('deep')
+        open('deep', 'w').close()
+    done = painted('--output=deep/o.png', at={5: and_a_loss(block)})
+    place, = re.search(r'on device `cpu`: `(.+)`\.$', done.out.strip().splitlines()[-1]).groups()
+    assert done.code == 0 and os.path.dirname(place) == 'frames' and place.endswith('-o.png')
+    assert dict(warnings(done.out))['deep/o.png'] == os.strerror(errno.EEXIST)
+    assert doodle.read_picture(place).shape == (112, 96, 3)
+
+
+def test_a_result_that_no_place_takes_leaves_a_checkpoint(painted):
+    try:
+        done = painted(at={37: and_a_loss(full)})
+    finally:
+        roomy()
+    assert done.code == 2 and 'could not be written anywhere' in done.err and os.path.exists(CHECKPOINT)
+    assert painted('--resume').code == 0 and os.path.exists('o.png')
+
+
+def test_folders_that_vanish_are_made_again(painted):
+    def vanish():
+        shutil.rmtree('a')
+        shutil.rmtree('frames')
+    done = painted('--output=a/o.png', at={12: and_a_loss(vanish)})
+    assert done.code == 0 and not warnings(done.out) and os.path.exists('a/o.png')
+    assert sorted(os.listdir('frames')) == ['0015.png', '0020.png', '0025.png', '0030.png', '0035.png']
+
+
+def test_a_full_log_does_not_end_a_run(painted):
+    os.symlink('/dev/full', 'full')
+    open('log', 'w').close()
+    done = painted('--log=full')
+    assert done.code == 0 and warnings(done.out) == [('full', os.strerror(errno.ENOSPC))]
+
+
+def test_a_terminal_that_takes_no_more_does_not_end_a_run(tmp_path):
+    code = ('import doodle, sys\n'
+            'doodle.say("lost"); doodle.say("lost, too")\n'
+            'print("on", file=sys.stderr)')
+    for redirected in ('>/dev/full', '>&-', '| true'):
+        done = subprocess.run(['bash', '-c', f'"$0" -c "$1" {redirected}', sys.executable, code], capture_output=True,
+                              text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+        assert (done.returncode, done.stderr) == (0, 'on\n'), redirected
+
+
+# ---- divergence ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('loss', [np.nan, np.inf, 1e30])
+def test_a_loss_that_blows_up_once_is_overcome(painted, doodle, loss):
+    done = painted(at={13: lambda: loss})
+    assert done.code == 0 and done.out.count('WARNING') == 1 and 'last good image' in done.out
+    assert len(done.asked) == 40
+    assert any((done.asked[14] == x).all() for x in done.asked[:13])                     # back to one that was good
+    assert numbers(done.log)[:19] == NUMBERS[:19]
+    assert done.log[19]['total'] < 1.01 * min(entry['total'] for entry in done.log[1:20])
+
+
+def test_a_loss_that_blows_up_again_is_reported_and_the_image_kept(painted, doodle):
+    done = painted(at={k: lambda: np.nan for k in range(13, 40)})
+    assert done.code == 2 and len(done.asked) == 15
+    assert re.match(r'ERROR: The loss is no longer a number after 13 evaluations; the last good image is in `o.png`\.\n'
+                    r'  FIX: try .+\n\Z', done.err)
+    assert doodle.read_picture('o.png').std() > 10
+
+
+def test_each_phase_has_its_second_chance(painted):
+    assert painted(at={13: lambda: np.nan, 33: lambda: np.nan}).code == 0
