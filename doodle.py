@@ -1217,10 +1217,19 @@ static void *allocate(PyArrayObject **out, int ndim, npy_intp *shape, int type) 
     return PyArray_DATA(*out);
 }
 
+/* Whether a signal's handler raised. Work is done in pieces, which ask before they begin, so that Ctrl-C need not wait
+   for all of it: the first thread of a team is Python's own and may run its handlers. */
+static volatile bool interrupted;
+static bool leave() {
+    if (!interrupted && omp_get_thread_num() == 0 && PyErr_CheckSignals()) interrupted = true;
+    return interrupted;
+}
+
 /* runs what may throw; false, with Python's exception set, where it did */
 template <typename F>
 static bool guarded(F f) {
-    try { f(); return true; }
+    interrupted = false;
+    try { f(); return !interrupted; }
     catch (std::invalid_argument &error) { PyErr_SetString(PyExc_ValueError, error.what()); }
     catch (std::exception &) { PyErr_NoMemory(); }
     return false;
@@ -1325,6 +1334,7 @@ static void convolve(const Picture &in, const float *U, const float *bias, float
     auto tile = in.mask ? tile_in<true, false> : in.pool ? tile_in<false, true> : tile_in<false, false>;
     #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long first = 0; first < tiles; first += block) {
+        if (leave()) continue;
         long last = std::min(first + block, tiles);
         float *V = space + omp_get_thread_num() * 36 * (ldV + ldM), *M = V + 36 * ldV;
         for (long t = first; t < last; t++) tile(in, t / across * 4, t % across * 4, none, V + (t - first) * C, ldV);
@@ -1428,6 +1438,7 @@ static void match(const float *u, long H, long W, const float *v, long h, long w
         }
         #pragma omp for schedule(dynamic)
         for (long band = 0; band < bands; band++) {
+            if (leave()) continue;
             long shift = band * G - h + 1;                            /* y - a of the band's first diagonal */
             for (long a = std::max(0L, 1 - G - shift); a < std::min(h, H - shift); a++) {
                 long y = std::max(0L, a + shift), end = std::min(H, a + shift + G);

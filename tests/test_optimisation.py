@@ -103,7 +103,7 @@ def painted(doodle, tmp_path, monkeypatch):
         seen = SimpleNamespace(journal=journal, accepted=[], saved=[], inputs=inputs)
         accept, save = journal.accept, journal.save
         monkeypatch.setattr(journal, 'accept', lambda x: (seen.accepted.append(x.copy()), accept(x)))
-        monkeypatch.setattr(journal, 'save', lambda **last: (seen.saved.append(np.shape(journal.image)), save(**last))[1])
+        monkeypatch.setattr(journal, 'save', lambda **how: (seen.saved.append(np.shape(journal.image)), save(**how))[1])
         try:
             doodle.paint(objective, inputs, options, 5, journal)
         except doodle.Interrupted:

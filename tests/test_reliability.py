@@ -1,5 +1,6 @@
 """Runs that end early, disks that are full, losses that blow up: nothing is lost, and it is said."""
 import errno
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from PIL import Image
 import kill
 from conftest import ROOT
 from golden_data import FOLDER
+from test_matching import brute_force
 
 FACES = ['--style=face_style.png', '--content=face_content.png', '--output=o.png', '--network=vgg16', '--phases=2',
          '--iterations=20', '--print-every=0', '--save-every=5', '--log=log']
@@ -340,3 +342,25 @@ def test_a_loss_that_blows_up_again_is_reported_and_the_image_kept(painted, dood
 
 def test_each_phase_has_its_second_chance(painted):
     assert painted(at={13: lambda: np.nan, 33: lambda: np.nan}).code == 0
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+def test_a_signal_is_heard_in_the_midst_of_matching_and_the_next_call_is_right(doodle):
+    """What takes a minute here takes 20 seconds of an evaluation at 1024x1024."""
+    u, v = doodle.T.tensor3(), doodle.T.tensor3()
+    matches, rng = doodle.theano.function([u, v], doodle.fast_match(u, v, 1)[0]), np.random.default_rng(0)
+    large, small, other = (rng.random(shape, dtype=np.float32) for shape in ((400, 400, 64), (9, 8, 64), (7, 11, 64)))
+
+    def handler(number, frame):
+        raise KeyboardInterrupt(number)
+    before, start = signal.signal(signal.SIGALRM, handler), time.time()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, .3)
+        with pytest.raises(KeyboardInterrupt) as error:
+            matches(large, large)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.time() - start < 4 and str(error.value) == str(int(signal.SIGALRM))
+    assert (matches(small, other) == brute_force(small, other).argmax(axis=0)).all()
