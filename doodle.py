@@ -274,7 +274,8 @@ def import_pillow():
         from PIL import Image, ImageOps
     except ImportError as error:
         raise UserError(f'{error}.', 'install the packages: pip install -r requirements.txt') from None
-    warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # twice that size is still refused
+    warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # twice that size is still refused, or what
+    Image.MAX_IMAGE_PIXELS = min(Image.MAX_IMAGE_PIXELS, memory_limit() // 40)  # 18 bytes a pixel do not fit
 
 
 def map_path(path, extension):
@@ -855,6 +856,47 @@ def allowed_cores():
             quota, period = map(int, text.split())
             cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
     return cores
+
+
+def memory_limit():
+    """Bytes that this process may fill: what the machine has to spare, or less by the limit of a cgroup (v2 or v1)."""
+    with open('/proc/meminfo') as file:
+        free = dict(re.findall(r'(\w+): +(\d+) kB', file.read()))
+    limit = 1024 * (int(free['MemAvailable']) + int(free['SwapFree']))
+    with open('/proc/self/cgroup') as file:
+        groups = [line.rstrip('/\n').split(':', 2) for line in file]
+    for _, kinds, path in groups:                                       # a container sees its own as /
+        name = {'': '{}/memory.max', 'memory': '/memory{}/memory.limit_in_bytes'}.get(kinds, '{}')
+        for depth in range(path.count('/') + 1):
+            with contextlib.suppress(OSError, ValueError):              # no such file; 'max', which is no number
+                limit = min(limit, int(open('/sys/fs/cgroup' + name.format(path.rsplit('/', depth)[0])).read()))
+    return limit
+
+
+def memory_needed(size, style_size, options):
+    """Bytes at the peak of a run on the CPU, to some 10 %: measured, and linear in the pixels of both pictures."""
+    def features(names):                                                # bytes a pixel of the picture
+        return sum(4 * WIDTHS[int(name[0]) - 1] / 4 ** (int(name[0]) - 1) for name in names)
+    names, style = layer_names('vgg19'), features(options.style_layers)
+    network = features(names[:max(map(names.index, options.style_layers + options.content_layers)) + 1])
+    return 440e6 + (500 + 1.4 * network + 3 * style) * math.prod(size) + (250 + 4 * style) * math.prod(style_size)
+
+
+def check_memory(size, style_size, options):
+    """Refuse a run that would not fit, with the size that would."""
+    limit, needed, sizes = memory_limit(), memory_needed(size, style_size, options), (size, style_size)
+    if needed <= limit:
+        return
+    fix = 'close other programs, or use a machine with more memory'
+    for longest in range(max(size + style_size), 64, -1):
+        fits = [[int(side * min(1, longest / max(size))) for side in size] for size in sizes]
+        if options.output_size:
+            fits[1] = style_size
+        if memory_needed(*fits, options) <= limit:
+            fix = '--output-size={}x{}'.format(*fits[0]) if options.output_size else f'--max-size={longest}'
+            break
+    raise UserError(f'{size[0]}x{size[1]} pixels in the style of {style_size[0]}x{style_size[1]} need about '
+                    f'{needed / 1e9:.1f} GB of memory, and there are {limit / 1e9:.1f} GB.', fix)
 
 
 def check_compiler():
@@ -2131,6 +2173,8 @@ def run(arguments):
     import_pillow()
     say(bold('Neural Doodle') + ' for semantic style transfer.')
     inputs, remarks = read_inputs(options)
+    if options.device == 'cpu':
+        check_memory(inputs.size, inputs.style.shape[1::-1], options)
     weights, remark = find_weights(options)
     random_seed, checkpoint = options.random_seed, None
     if os.path.exists(options.checkpoint):

@@ -364,3 +364,56 @@ def test_a_signal_is_heard_in_the_midst_of_matching_and_the_next_call_is_right(d
         signal.signal(signal.SIGALRM, before)
     assert time.time() - start < 4 and str(error.value) == str(int(signal.SIGALRM))
     assert (matches(small, other) == brute_force(small, other).argmax(axis=0)).all()
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+ROOM = {'/proc/meminfo': 'MemTotal:  9000000 kB\nMemAvailable:    4000000 kB\nSwapFree:     100 kB\n'}
+
+
+@pytest.mark.parametrize('files, limit', [
+    ({'/proc/self/cgroup': ''}, 4_000_100 * 1024),
+    ({'/proc/self/cgroup': '0::/\n', '/sys/fs/cgroup/memory.max': 'max\n'}, 4_000_100 * 1024),
+    ({'/proc/self/cgroup': '0::/\n', '/sys/fs/cgroup/memory.max': '1000\n'}, 1000),
+    ({'/proc/self/cgroup': '0::/a/b\n', '/sys/fs/cgroup/a/b/memory.max': '1000\n'}, 1000),
+    ({'/proc/self/cgroup': '0::/a/b\n', '/sys/fs/cgroup/a/memory.max': '99\n',
+      '/sys/fs/cgroup/a/b/memory.max': '1000\n'}, 99),
+    ({'/proc/self/cgroup': '3:cpu:/\n2:memory:/docker/1\n', '/sys/fs/cgroup/memory/memory.limit_in_bytes': '77\n'}, 77),
+    ({'/proc/self/cgroup': '2:memory:/s\n', '/sys/fs/cgroup/memory/s/memory.limit_in_bytes': '78\n'}, 78),
+    ({'/proc/self/cgroup': '2:memory:/\n', '/sys/fs/cgroup/memory/memory.limit_in_bytes': '9223372036854771712\n'},
+     4_000_100 * 1024)])
+def test_memory_is_what_the_machine_has_to_spare_or_less_by_the_cgroup(doodle, monkeypatch, files, limit):
+    def opened(path, *_):
+        if path not in ROOM | files:
+            raise FileNotFoundError(path)
+        return io.StringIO((ROOM | files)[path])
+    monkeypatch.setattr(doodle, 'open', opened, raising=False)
+    assert doodle.memory_limit() == limit
+
+
+@pytest.mark.parametrize('arguments, fix', [
+    ([], r'--max-size=(\d+)'), (['--content=huge.png'], r'--max-size=(\d+)'),
+    (['--output-size=3000x2000'], r'--output-size=(\d+)x\d+')])
+def test_a_run_that_would_not_fit_is_refused_with_the_size_that_would(doodle, refused, monkeypatch, arguments, fix):
+    Image.new('RGB', (200, 150)).save('a.png')
+    Image.new('RGB', (900, 700)).save('huge.png')
+    Image.new('RGB', (1800, 900)).save('style.png')
+    style = 'a.png' if 'output' in fix else 'style.png'
+    monkeypatch.setattr(doodle, 'memory_limit', lambda: 800e6)
+    arguments = [f'--style={style}', '--network=vgg16', *arguments]
+    problem, answer = refused(*arguments)
+    answer = answer.rstrip('.')
+    assert re.search(r'need about \d+\.\d GB of memory, and there are 0\.8 GB', problem)
+    fitting = int(re.fullmatch(fix, answer).group(1))
+
+    def passed(*_):
+        raise doodle.UserError('passed', 'this check')
+    monkeypatch.setattr(doodle, 'find_weights', passed)
+    larger = answer.replace(str(fitting), str(fitting + 9))
+    assert refused(*arguments, answer)[0] == 'passed' and 'memory' in refused(*arguments, larger)[0]
+
+
+def test_a_machine_too_small_for_any_size_is_said_to_be_so(doodle, refused, monkeypatch):
+    monkeypatch.setattr(doodle, 'memory_limit', lambda: 300e6)
+    Image.new('RGB', (200, 150)).save('a.png')
+    assert 'more memory' in refused('--style=a.png', '--network=vgg16')[1]
