@@ -40,6 +40,7 @@ Papers:
     [BLNZ95] Byrd, Lu, Nocedal, Zhu: A Limited Memory Algorithm for Bound Constrained Optimization
 """
 import argparse
+import bisect
 import bz2
 import contextlib
 import ctypes
@@ -86,7 +87,7 @@ def natural(text):
 
 def whole(text, least=0):
     """A whole number from `least` on."""
-    if not re.fullmatch(r'\d{1,9}', text) or int(text) < least:
+    if not re.fullmatch('[0-9]{1,9}', text) or int(text) < least:
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from {least} on')
     return int(text)
 
@@ -120,7 +121,7 @@ def layers(text):
 
 def size(text):
     """``'WIDTHxHEIGHT'`` -> (width, height)."""
-    match = re.fullmatch(r'([1-9]\d{0,5})x([1-9]\d{0,5})', text)
+    match = re.fullmatch('([1-9][0-9]{0,5})x([1-9][0-9]{0,5})', text)
     if not match:
         raise argparse.ArgumentTypeError(f'{text!r} is not a size like 640x480')
     return tuple(map(int, match.groups()))
@@ -606,6 +607,8 @@ def check_written(options, read):
             raise UserError(f'{flag} {path!r} is one of the inputs and would overwrite it.', f'choose another {flag}')
         if os.path.isdir(path):
             raise UserError(f'{flag} {path!r} is a folder.', 'add a file name to it')
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)                                               # a name may be too long
         folders[flag] = os.path.dirname(path) or '.'
     if options.log and same_file(options.log, options.output):
         raise UserError('--output and --log are the same file.', 'choose another --log')
@@ -884,17 +887,15 @@ def memory_needed(size, style_size, options):
 
 def check_memory(size, style_size, options):
     """Refuse a run that would not fit, with the size that would."""
-    limit, needed, sizes = memory_limit(), memory_needed(size, style_size, options), (size, style_size)
+    def sizes(longest):
+        shrunk = [[int(side * min(1, longest / max(size))) for side in size] for size in (size, style_size)]
+        return (shrunk[0], style_size) if options.output_size else shrunk
+    limit, needed = memory_limit(), memory_needed(size, style_size, options)
     if needed <= limit:
         return
-    fix = 'close other programs, or use a machine with more memory'
-    for longest in range(max(size + style_size), 64, -1):
-        fits = [[int(side * min(1, longest / max(size))) for side in size] for size in sizes]
-        if options.output_size:
-            fits[1] = style_size
-        if memory_needed(*fits, options) <= limit:
-            fix = '--output-size={}x{}'.format(*fits[0]) if options.output_size else f'--max-size={longest}'
-            break
+    longest = bisect.bisect(range(max(size + style_size)), limit, key=lambda n: memory_needed(*sizes(n), options)) - 1
+    fix = '--output-size={}x{}'.format(*sizes(longest)[0]) if options.output_size else f'--max-size={longest}'
+    fix = fix if longest >= 64 else 'close other programs, or use a machine with more memory'
     raise UserError(f'{size[0]}x{size[1]} pixels in the style of {style_size[0]}x{style_size[1]} need about '
                     f'{needed / 1e9:.1f} GB of memory, and there are {limit / 1e9:.1f} GB.', fix)
 
