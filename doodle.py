@@ -175,7 +175,7 @@ OPTIONS = {
     'matching': (
         ('--semantic-weight', weight,  '10.0',       'X',      'weight of the maps against the features; 0: no maps'),
         ('--variety',         weight,  '0.0',        'X',      'bias toward style patches that are used little'),
-        ('--slices',          natural, '2',          'N',      'on a GPU, match the style patches in so many batches'),
+        ('--slices',          natural, None,         'N',      'batches of matching on a GPU; else its memory decides'),
         ('--cache',           switch,  '0',          '0|1',    '1: find the matches once a phase only'),
     ),
     'optimisation': (
@@ -951,6 +951,47 @@ def keep_compiled_code():
     theano.gof.op.COp.c_code_cache_version = version
 
 
+def integers(count, function, *arguments):
+    """The integers that a C function of CUDA's writes, or None where it fails."""
+    numbers = [ctypes.c_int() for _ in range(count)]
+    return None if function(*map(ctypes.byref, numbers), *arguments) else tuple(number.value for number in numbers)
+
+
+def check_cuda(device):
+    """Refuse, in plain words, what libgpuarray would answer with a number or a crash.
+
+    Raises
+    ------
+    UserError
+        There is no driver, it is older than the compiler (whose code it cannot read), or the card is too new.
+    """
+    try:
+        cuda = ctypes.CDLL('libcuda.so.1')
+    except OSError:
+        raise UserError("Nvidia's driver (libcuda.so.1) is not there.", 'start the container with --gpus all' if mounts()
+                        is not None else 'install the driver, and see that nvidia-smi finds the card') from None
+    driver = divmod(integers(1, cuda.cuDriverGetVersion)[0] // 10, 100)                     # 12040 is CUDA 12.4
+    compiler = integers(2, ctypes.CDLL('libnvrtc.so').nvrtcVersion)
+    if driver < compiler:
+        raise UserError("Nvidia's driver is too old: it is for CUDA {}.{}, and the compiler (nvrtc) for {}.{}.".format(
+            *driver, *compiler), 'install a newer driver')
+    card = None if cuda.cuInit(0) else integers(1, cuda.cuDeviceGet, int(device[4:] or 0))
+    capability = card and integers(2, cuda.cuDeviceComputeCapability, *card)
+    if capability and capability > (9, 0):                              # libgpuarray would take 12.0 for 1.2
+        raise UserError('the card is too new: its compute capability is {}.{}, and libgpuarray knows them up to 9.0.'
+                        .format(*capability), 'use an older card, or --device=cpu')
+
+
+def described(device):
+    """A device in words: a GPU with its name, memory and driver."""
+    if device == 'cpu':
+        return '`cpu`'
+    gpu, driver = theano.gpuarray.get_context(None), ''
+    with contextlib.suppress(OSError):
+        driver = ', driver ' + re.search(r'\d+\.[\d.]+', open('/proc/driver/nvidia/version').read()).group()
+    return f'`{device}` ({gpu.devname}, {gpu.total_gmem / 1e9:.1f} GB{driver})'
+
+
 def import_theano(device):
     """Import Theano 1.0.5 and Lasagne 0.1 on a Python they were not made for, and open the device.
 
@@ -963,7 +1004,7 @@ def import_theano(device):
     -------
     device : str
         The device really used.
-    trouble : str or None
+    trouble : UserError or None
         Why it is not the one asked for.
     """
     global theano, T, lasagne, optimize, tqdm
@@ -1004,11 +1045,16 @@ def import_theano(device):
             return device, None
         try:
             import pygpu  # noqa: F401, first, since what Theano says of its absence helps nobody
+            if device.startswith('cuda'):
+                check_cuda(device)
             import theano.gpuarray
             theano.gpuarray.use(device, force=True)
             return device, None
+        except UserError as error:
+            problem, fix = error.args
         except Exception as error:  # libgpuarray's own errors, and whatever loading it may raise
-            return 'cpu', f'{device} cannot be used: {one_line(error)}'
+            problem, fix = one_line(error) + '.', 'see README, Troubleshooting, or use --device=cpu'
+    return 'cpu', UserError(f'{device} cannot be used: {problem}', fix)
 
 
 # ---- network ---------------------------------------------------------------------------------------------------------
@@ -1094,7 +1140,7 @@ def match(u, v, slices, variety=None, history=None):
     u : symbolic (H, W, D)
     v : symbolic (h, w, D)
     slices : int
-        Rows of style patches are taken in so many batches; any number gives the same matches.
+        Rows of style patches are taken in so many batches, one after the other; any number gives the same matches.
     variety : symbolic scalar
     history : symbolic ((h - 2) (w - 2),)
         h(j), the best score that j had for any i in the evaluation before.
@@ -1107,10 +1153,11 @@ def match(u, v, slices, variety=None, history=None):
         The new h, where there was one.
     """
     (H, W, D), (h, w) = (u.shape[k] for k in range(3)), (v.shape[0], v.shape[1])
-    best, matches, best_of = T.alloc(np.float32(-np.inf), (H - 2) * (W - 2)), np.int64(0), history
+    best, matches, best_of = np.float32(-np.inf), np.int64(0), history
     for k in range(slices):
-        above = T.minimum((h - 2) * k // slices, h - 3)                                     # the batch's rows of patches
-        below = T.maximum((h - 2) * (k + 1) // slices, above + 1)                           # are one at least
+        above, below = (h - 2) * k // slices, ((h - 2) * (k + 1) + slices - 1) // slices    # at least one row
+        if k:                           # waits for the batch before, else Theano would hold the scores of all at once
+            above = T.opt.Assert()(above, *(T.neq(done[0], -1) for done in (matches, best_of) if done is not None))
         rows = below - above
         products = T.dot(u.reshape((H * W, D)), v[above:below + 2].reshape(((rows + 2) * w, D)).T)
         products = products.reshape((H, W, rows + 2, w))
@@ -1121,9 +1168,29 @@ def match(u, v, slices, variety=None, history=None):
             best_of = T.set_subtensor(best_of[batch], T.max_and_argmax(S.T, axis=1)[0])
             S -= variety * history[batch]
         score, j = T.max_and_argmax(S, axis=1)
-        matches = T.switch(T.gt(score, best), j + above * (w - 2), matches)
-        best = T.maximum(score, best)
+        better = T.gt(score, best)
+        matches, best = T.switch(better, j + above * (w - 2), matches), T.switch(better, score, best)
     return matches, best_of
+
+
+def fitting_slices(image, style, layers, memory):
+    """The number of slices with which the scores of `match` fit into a share of a GPU's memory.
+
+    Parameters
+    ----------
+    image, style : (width, height) of the two pictures
+    layers : list of str
+        Style layers.
+    memory : int
+        Free bytes. A quarter is for the scores, and 4 GB at most: the network needs more, and few slices gain nothing.
+    """
+    needed = [1]
+    for layer in layers:
+        W, H, w, h = (side // 2 ** (int(layer[0]) - 1) for side in (*image, *style))
+        # Three such arrays are alive: products, their sum, and one to spare. Two more rows of pixels than patches.
+        row = 3 * 4 * H * W * w
+        needed.append(min(h - 2, math.ceil((h - 2) / max(1, min(memory / 4, 1 << 32) // row - 2))))
+    return max(needed)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -1157,7 +1224,7 @@ def style_loss(f, g, matches):
             G += T.sum(lengths[q])
     V = theano.gradient.disconnected_grad(V / c)
     total = T.sum(c * (f - V) ** 2) + (G - T.sum(c * V ** 2))
-    return total / T.cast(9 * matches.size * C, 'float32')
+    return total / T.cast(9 * (H - 2) * (W - 2) * C, 'float32')
 
 
 def smoothness_loss(x):
@@ -1702,7 +1769,7 @@ class Objective:
     def __init__(self, weights, options, content, semantic, fast=False):
         def array(dimensions, kind='float32'):
             return theano.shared(np.zeros((0,) * dimensions, dtype=kind))
-        self.options = options
+        self.options, self.fast = options, fast
         self.content_layers = options.content_layers if content and options.content_weight else []
         self.style_layers = options.style_layers if options.style_weight else []
         self.layers = list(dict.fromkeys(self.content_layers + self.style_layers)) or ['1_1']
@@ -1738,7 +1805,7 @@ class Objective:
         terms = [number['smoothness'] * smoothness_loss(x)]
         terms += [number['style_weight'] * style_loss(f[layer], g, matches[layer]) for layer, g in self.style.items()]
         terms += [number['content_weight'] * content_loss(f[layer], target) for layer, target in self.target.items()]
-        profile = theano.compile.ProfileStats(atexit_print=False, flag_time_thunks=True)    # times the matching
+        profile = theano.compile.ProfileStats(atexit_print=False, flag_time_thunks=True) if self.fast else False
         mode = theano.Mode(theano.gof.vm.VM_Linker(use_cloop=True, schedule=depth_first))
         return theano.function([x], terms + [theano.grad(sum(terms), x)], updates=updates, profile=profile, mode=mode)
 
@@ -1793,11 +1860,12 @@ class Objective:
         terms = list(map(float, terms))
         smooth, style, content = terms[0], terms[1:][:len(self.style)], terms[1 + len(self.style):]
         return Evaluation(sum(terms), dict(zip(self.target, content)), dict(zip(self.style, style)), smooth,
-                          np.float64(gradient), time.perf_counter() - start, self.matching_seconds() - matched)
+                          np.float64(gradient), time.perf_counter() - start,
+                          self.matching_seconds() - matched if self.fast else None)
 
     def matching_seconds(self):
         """Time that the engine spent in matching so far."""
-        return sum(seconds for node, seconds in self.matching.profile.apply_time.items()
+        return self.fast and sum(seconds for node, seconds in self.matching.profile.apply_time.items()
                    if isinstance(node.op, Matching))
 
 
@@ -2189,9 +2257,11 @@ def run(arguments):
     random_seed = secrets.randbelow(10 ** 9) if random_seed is None else random_seed
     used, trouble = import_theano(options.device)
     if trouble:
-        say(bold(f'WARNING: {trouble}. Computing on the CPU instead. '
-                 'FIX: check the driver and pygpu (README, Troubleshooting), or use --device=cpu.'))
-    say(f'  - Using device `{used}` for processing the images.')
+        say(bold('WARNING: {} Computing on the CPU instead. FIX: {}.'.format(*trouble.args)))
+    say(f'  - Using device {described(used)} for processing the images.')
+    if used != 'cpu':                                                   # where the engine needs no slices
+        options.slices = options.slices or fitting_slices(
+            inputs.size, inputs.style.shape[1::-1], options.style_layers, theano.gpuarray.get_context(None).free_gmem)
     for line in remarks + [remark or f'Network {weights.kind} from `{weights.path}`.', f'Random seed {random_seed}.']:
         say(f'  - {line}')
     say('  - Compiling, which takes a minute the first time..')

@@ -185,7 +185,7 @@ def main():
     parser.add_argument('--alone', help=argparse.SUPPRESS)
     a = parser.parse_args()
     weights, _ = doodle.read_weights(a.weights)
-    options = doodle.parse_options(['--style=-', '--content-weight=10', '--style-weight=10'])
+    options = doodle.parse_options(['--style=-', '--content-weight=10', '--style-weight=10', '--slices=2'])
     pair = faces(*a.size)
     x = np.random.default_rng(0).uniform(16, 240, pair[0].shape)
     if a.alone:

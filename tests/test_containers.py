@@ -250,7 +250,8 @@ except pygpu.gpuarray.GpuArrayException as error:  # all that is missing without
 """)
     assert 'libcuda.so' in said
     said = checked('podman', 'run', '--rm', image, *FACES, *QUICK)
-    assert 'WARNING: cuda0 cannot be used' in said and 'on device `cpu`' in said
+    assert "WARNING: cuda0 cannot be used: Nvidia's driver" in said and '--gpus all' in said
+    assert 'on device `cpu`' in said
 
 
 def test_compose(image, build, folder):

@@ -1,5 +1,6 @@
 """match() against brute force over patches (twin.py)."""
 import functools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -52,6 +53,18 @@ def test_any_number_of_slices_drops_no_patch_and_gives_the_same_matches(found): 
     assert reference[3 * 6 + 2] == 6 * 7 - 1
     for slices in (2, 3, 7):
         assert (found(u, v, slices) == reference).all(), slices
+
+
+def test_slices_bound_the_memory(found):
+    """The batches' scores are not alive at once, as they would be in the order that Theano chooses by itself."""
+    u, v, history, peak = np.ones((42, 42, 8)), np.ones((42, 42, 8)), np.zeros(40 * 40), {}
+    for slices in (1, 16):
+        found(u, v, slices, 1., history)
+        tracemalloc.start()
+        found(u, v, slices, 1., history)
+        peak[slices] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak[16] < peak[1] / 4
 
 
 def test_of_equal_scores_the_first_wins(found):

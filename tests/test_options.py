@@ -17,7 +17,7 @@ DEFAULTS = dict(
     content=None, content_weight=10.0, content_layers=['4_2'],
     style=None, style_weight=25.0, style_layers=['3_1', '4_1'],
     semantic_ext='_sem.png', semantic_weight=10.0,
-    output='output.png', output_size=None, phases=3, slices=2, cache=0,
+    output='output.png', output_size=None, phases=3, slices=None, cache=0,
     smoothness=1.0, variety=0.0, seed='noise', seed_range=(16.0, 240.0),
     iterations=100, device='cpu', print_every=10, save_every=10)
 OURS = dict(max_size=None, random_seed=None, network=None, weights=None, frames='frames', log=None, resume=False)
