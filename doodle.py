@@ -34,6 +34,7 @@ Papers:
 
     [SZ14]  Simonyan, Zisserman: Very Deep Convolutional Networks. arXiv 1409.1556
     [LW16]  Li, Wand: Combining Markov Random Fields and Convolutional Neural Networks. arXiv 1601.04589
+    [GEB16] Gatys, Ecker, Bethge: Image Style Transfer Using Convolutional Neural Networks. CVPR 2016
     [C16]   Champandard: Semantic Style Transfer and Turning Two-Bit Doodles into Fine Artworks. arXiv 1603.01768
     [LG15]  Lavin, Gray: Fast Algorithms for Convolutional Neural Networks. arXiv 1509.09308
     [MV15]  Mahendran, Vedaldi: Understanding Deep Image Representations. arXiv 1412.0035
@@ -145,12 +146,39 @@ def network(text):
     return text
 
 
+def method(text):
+    """A row of `METHODS`."""
+    if text not in METHODS:
+        raise argparse.ArgumentTypeError(f'{text!r} is none of {", ".join(METHODS)}')
+    return text
+
+
+def steps(text):
+    """0 to 12: twelve steps are 90 degrees, or a factor of 0.4."""
+    if whole(text) > 12:
+        raise argparse.ArgumentTypeError(f'{text!r} is more than 12 steps')
+    return int(text)
+
+
 def device(text):
     """``cpu``, ``gpuN``, or Theano's own ``cudaN`` and ``openclN:M``; ``gpuN`` means Theano's ``cudaN``."""
     if not re.fullmatch(r'cpu|(gpu|cuda)\d*|opencl\d+:\d+', text):
         raise argparse.ArgumentTypeError(f'{text!r} is no device: cpu, gpu0, gpu1, .., cuda0, .., opencl0:0')
     return re.sub(r'^gpu', 'cuda', text)
 
+
+# What a method takes in place of Champandard's defaults, which stand in OPTIONS; None: it has no such option. The
+# papers weigh sums over a picture; we weigh means, which suit every size. Gatys' content term, 1/2 sum (f - g)^2, is
+# H W C / 2 times ours: content to style as 10 to 0.1 is 1e-4 at 512x512 pixels, and 100 to 0.1 is 1e-3, the range of
+# [GEB16]. Li and Wand's copies are those of [LW16]; the weights are for means, found by trial. The code they released
+# differs: no copies, content at 4_1, and 20 as its weight, 1e-4 the style's, 1e-3 the smoothness'.
+METHODS = {
+    'champandard': dict(),
+    'li-wand': dict(content_weight='10.0', style_weight='10.0', smoothness='10.0', rotations='2', scales='3',
+                    semantic_weight=None),
+    'gatys': dict(content_weight='10.0', style_weight='0.1', style_layers='1_1,2_1,3_1,4_1,5_1', smoothness='0.0',
+                  semantic_weight=None, rotations=None, scales=None, variety=None, cache=None),
+}
 
 OPTIONS = {
     'pictures': (
@@ -166,15 +194,18 @@ OPTIONS = {
         ('--random-seed',     whole,   None,         'N',      'repeats a run; drawn and printed when not given'),
     ),
     'losses': (
+        ('--method',          method,  'champandard', 'NAME',  'champandard, or without maps li-wand or gatys'),
         ('--content-weight',  weight,  '10.0',       'X',      'weight of the content loss'),
         ('--content-layers',  layers,  '4_2',        'LAYERS', 'layers of the content loss'),
         ('--style-weight',    weight,  '25.0',       'X',      'weight of the style loss'),
-        ('--style-layers',    layers,  '3_1,4_1',    'LAYERS', 'layers whose patches are matched'),
+        ('--style-layers',    layers,  '3_1,4_1',    'LAYERS', 'layers of the style loss'),
         ('--smoothness',      weight,  '1.0',        'X',      'weight of the smoothness prior'),
     ),
     'matching': (
         ('--semantic-weight', weight,  '10.0',       'X',      'weight of the maps against the features; 0: no maps'),
         ('--variety',         weight,  '0.0',        'X',      'bias toward style patches that are used little'),
+        ('--rotations',       steps,   '0',          'N',      'style copies, turned by 7.5 degrees N times each way'),
+        ('--scales',          steps,   '0',          'N',      'style copies, rescaled by 0.05 N times each way'),
         ('--slices',          natural, None,         'N',      'batches of matching on a GPU; else its memory decides'),
         ('--cache',           switch,  '0',          '0|1',    '1: find the matches once a phase only'),
     ),
@@ -202,6 +233,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message, 'see doodle.py --help')
 
 
+def attribute(flag):
+    """``'--max-size'`` -> ``'max_size'``."""
+    return flag[2:].replace('-', '_')
+
+
 def parse_options(arguments):
     """The options of a run.
 
@@ -225,11 +261,19 @@ def parse_options(arguments):
     for title, rows in OPTIONS.items():
         group = parser.add_argument_group(title)
         for flag, kind, default, value, meaning in rows:
+            others = ''.join(f'; {name}: {own[attribute(flag)]}' for name, own in METHODS.items()
+                             if own.get(attribute(flag)))
             how = dict(action='store_true') if kind is bool else dict(type=kind, default=default, metavar=value)
-            group.add_argument(flag, **how, help=meaning + (f' (default: {default})' if default else ''))
+            group.add_argument(flag, **how, help=meaning + others + (f' (default: {default})' if default else ''))
+    own = METHODS[parser.parse_args(arguments).method]
+    parser.set_defaults(**own)
     options = parser.parse_args(arguments)
+    for name in (name for name, default in own.items() if default is None):
+        if getattr(options, name):
+            raise UserError(f'--method={options.method} has no --{name.replace("_", "-")}.', 'leave one of them out')
+        setattr(options, name, 0)
     for flag, kind, *_ in sum(OPTIONS.values(), ()):
-        if kind is str and flag != '--semantic-ext' and getattr(options, flag[2:].replace('-', '_')) == '':
+        if kind is str and flag != '--semantic-ext' and getattr(options, attribute(flag)) == '':
             raise UserError(f'{flag} is empty.', 'give a path, or leave it out')
     if not options.style:
         raise UserError('No style picture was given.', f'add --style PATH; to see one at work: {SAMPLE}')
@@ -514,8 +558,14 @@ def read_inputs(options):
         remarks += legend({'content': content_map, 'style': style_map})
         (content_map, style_map), remark = map_channels([content_map, style_map])
         remarks += [remark] * bool(remark)
-    else:
+    elif options.method == 'champandard':
         remarks.append('No semantic maps: patches are matched by their features alone.')
+    else:
+        remarks.append(f'Method {options.method}, which reads no semantic maps.')
+    if options.rotations or options.scales:
+        count = (1 + 2 * options.rotations) * (1 + 2 * options.scales)
+        remarks.append(f'{count} copies of the style picture, so matching takes some {count} times as long; '
+                       'fewer by --rotations and --scales.')
 
     shape = content if content is not None else content_map
     if options.output_size and shape is not None:
@@ -529,8 +579,9 @@ def read_inputs(options):
         remarks.append('No content picture: the result depends on style, map and seed only.')
     size = options.output_size or (style if shape is None else shape).shape[1::-1]
 
-    # A style layer needs one 3x3 patch, a content layer one pixel, in the smallest phase.
-    least, layer = max((2 ** (int(layer[0]) - 1) * (3 if layer in options.style_layers else 1), layer)
+    # A layer whose patches are matched needs one of 3x3, any other one pixel, in the smallest phase.
+    patched = [] if options.method == 'gatys' else options.style_layers
+    least, layer = max((2 ** (int(layer[0]) - 1) * (3 if layer in patched else 1), layer)
                        for layer in options.style_layers + (options.content_layers if content is not None else []))
     for name, (width, height) in (('result', size), ('style picture', style.shape[1::-1])):
         if min(phase_size((width, height), 0, options.phases)) < least:
@@ -1127,10 +1178,20 @@ def matching_key(f, m, w):
     return unit(f) if m is None else T.concatenate([unit(f), T.sqrt(w) * unit(m)], axis=2)
 
 
-def match(u, v, slices, variety=None, history=None):
+def patch_scale(f):
+    """3 / |P_i| of every 3x3 patch P_i of f (H, W, C), or 0: the lengths that normalise whole patches [LW16 eq. 3]."""
+    (H, W), squares = (f.shape[0], f.shape[1]), T.sum(f ** 2, axis=2)
+    total = sum(squares[y:H - 2 + y, x:W - 2 + x] for y in range(3) for x in range(3)).flatten()
+    return T.switch(total > 0, 3 / T.sqrt(total), 0)
+
+
+def match(u, v, slices, variety=None, history=None, scale=None):
     """For every 3x3 patch i of the image the style patch j with the largest score [LW16 eq. 3, C16 eq. 2].
 
-        S(i, j) = 1/9 sum_d u(i + d) . v(j + d),        less variety * h(j)
+        S(i, j) = 1/9 a(i) b(j) sum_d u(i + d) . v(j + d),        less variety * h(j)
+
+    Either u and v have length one at every pixel [C16] and there are no a and b; or they are raw, and a and b are their
+    `patch_scale`: the cosine of whole patches [LW16].
 
     The sum over the offsets d is taken over nine diagonal shifts of the products of single pixels, so that these cost
     a ninth of the products of patches, and no patch is ever stored.
@@ -1144,6 +1205,8 @@ def match(u, v, slices, variety=None, history=None):
     variety : symbolic scalar
     history : symbolic ((h - 2) (w - 2),)
         h(j), the best score that j had for any i in the evaluation before.
+    scale : symbolic ((H - 2) (W - 2),) and ((h - 2) (w - 2),)
+        a(i) and b(j); where b is 0 there is no patch j.
 
     Returns
     -------
@@ -1163,10 +1226,14 @@ def match(u, v, slices, variety=None, history=None):
         products = products.reshape((H, W, rows + 2, w))
         S = sum(products[y:H - 2 + y, x:W - 2 + x, y:rows + y, x:w - 2 + x] for y in range(3) for x in range(3)) / 9
         S = S.reshape(((H - 2) * (W - 2), rows * (w - 2)))                                  # (i, j)
+        batch = slice(above * (w - 2), below * (w - 2))
+        if scale:
+            S *= scale[0][:, None] * scale[1][batch]
         if history is not None:
-            batch = slice(above * (w - 2), below * (w - 2))
             best_of = T.set_subtensor(best_of[batch], T.max_and_argmax(S.T, axis=1)[0])
             S -= variety * history[batch]
+        if scale:
+            S = T.switch(scale[1][batch] > 0, S, np.float32(-np.inf))
         score, j = T.max_and_argmax(S, axis=1)
         better = T.gt(score, best)
         matches, best = T.switch(better, j + above * (w - 2), matches), T.switch(better, score, best)
@@ -1191,6 +1258,58 @@ def fitting_slices(image, style, layers, memory):
         row = 3 * 4 * H * W * w
         needed.append(min(h - 2, math.ceil((h - 2) / max(1, min(memory / 4, 1 << 32) // row - 2))))
     return max(needed)
+
+
+def style_copies(picture, rotations, scales, resample):
+    """The style picture, and its copies turned by steps of 7.5 degrees and rescaled by steps of 5 % each way [LW16].
+
+    Of a turned picture the largest part of the same proportions is kept that has no corner outside.
+
+    Parameters
+    ----------
+    picture : (K, h, w) array
+    rotations, scales : int
+        Steps each way. The paper's are 2 and 3, which makes 35 copies; the authors' released code has none.
+    resample : Pillow's filter
+
+    Returns
+    -------
+    list of (K, h', w') float32 arrays
+        First the picture itself.
+    """
+    (h, w), result = picture.shape[1:], []
+    for turn in sorted(range(-rotations, rotations + 1), key=abs):
+        for step in sorted(range(-scales, scales + 1), key=abs):
+            c, s, scale = math.cos(math.radians(7.5 * turn)), math.sin(math.radians(7.5 * turn)), 1 + 0.05 * step
+            part = min(w / (w * c + h * abs(s)), h / (w * abs(s) + h * c))
+            W, H, c, s = max(1, int(w * part * scale)), max(1, int(h * part * scale)), c / scale, s / scale
+            back = c, -s, (w - c * W + s * H) / 2, s, c, (h - s * W - c * H) / 2            # copy -> picture
+            result.append(np.stack([Image.fromarray(plane).transform((W, H), Image.AFFINE, back, resample)
+                                    for plane in np.float32(picture)]).clip(0, 255))
+    return result
+
+
+def sheet(copies):
+    """Features of several pictures below each other as those of one, and which of its 3x3 patches lie in one picture.
+
+    Parameters
+    ----------
+    copies : list of (h_k, w_k, C) arrays
+
+    Returns
+    -------
+    g : (sum of h_k, largest w_k, C) array
+        Zero to the right of narrower pictures.
+    whole : ((h - 2) (w - 2),) float32 array
+        1 for a patch, 0 over a seam or in the margin.
+    """
+    h, w = sum(len(g) for g in copies), max(g.shape[1] for g in copies)
+    sheet, whole, top = np.zeros((h, w, copies[0].shape[2]), np.float32), np.zeros((h, w), np.float32), 0
+    for g in copies:
+        sheet[top:top + len(g), :g.shape[1]] = g
+        whole[top:max(top, top + len(g) - 2), :max(0, g.shape[1] - 2)] = 1
+        top += len(g)
+    return sheet, whole[:-2, :-2].ravel()
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -1227,10 +1346,26 @@ def style_loss(f, g, matches):
     return total / T.cast(9 * (H - 2) * (W - 2) * C, 'float32')
 
 
-def smoothness_loss(x):
-    """mean (dx^2 + dy^2)^1.25 over neighbouring pixels of the image (3, H, W) [MV15 eq. 4]."""
+def gram(f):
+    """G = F F^T / N of the features f (H, W, C), with F their C x N matrix: (C, C)."""
+    F = f.reshape((f.shape[0] * f.shape[1], f.shape[2])).T
+    return T.dot(F, F.T) / T.cast(F.shape[1], 'float32')
+
+
+def gram_loss(f, A):
+    """E = 1 / (4 C^2) sum (G - A)^2 of f (H, W, C), with A the `gram` of the style picture [GEB16 eq. 4].
+
+    The paper's equation has G = F F^T and 1 / (4 N^2 C^2); here each picture has its own N, so that sizes may differ.
+    The paper also scales the network's filters to a mean activation of one, and the code its authors released later
+    divides by another C^2. Here the network is VGG as it is, so that conv4_1 weighs most of the paper's five layers.
+    """
+    return T.mean((gram(f) - A) ** 2) / 4
+
+
+def smoothness_loss(x, power=1.25):
+    """mean (dx^2 + dy^2)^power over neighbouring pixels of the image (3, H, W): 1.25 [MV15 eq. 4] or 1 [LW16]."""
     dy, dx = x[:, 1:, :-1] - x[:, :-1, :-1], x[:, :-1, 1:] - x[:, :-1, :-1]                 # (3, H - 1, W - 1)
-    return T.mean((dx ** 2 + dy ** 2) ** 1.25)
+    return T.mean((dx ** 2 + dy ** 2) ** np.float32(power))
 
 
 # ---- engine ----------------------------------------------------------------------------------------------------------
@@ -1493,10 +1628,12 @@ static void pack(const float *v, long w, long D, float *B) {
     }
 }
 
-/* The scores of a row of patches i with one of patches j, from the products P[y] (W, ld) of their rows of pixels. best
-   and match belong to the i, history and penalty to the j, of which `first` is the first; penalty ends in infinity. */
+/* The scores of a row of patches i with one of patches j, from the products P[y] (W, ld) of their rows of pixels. best,
+   match and a belong to the i, history, penalty and b to the j, of which `first` is the first; penalty ends in
+   infinity. */
+template <bool SCALED>
 static void score(const float *const *P, long W, long w, long ld, float *space, const float *penalty, long first,
-                  float *best, npy_int64 *match, float *history) {
+                  float *best, npy_int64 *match, float *history, const float *a, const float *scale) {
     float *column[3], *S = space + 3 * (ld + LANES);                  /* column: summed over y; S: and over x */
     for (int k = 0; k < 3; k++) column[k] = space + k * (ld + LANES);
     for (long x = 0; x < W; x++) {
@@ -1507,6 +1644,7 @@ static void score(const float *const *P, long W, long w, long ld, float *space, 
         vec top = vec{} - INFINITY;
         for (long b = 0; b < ld; b += LANES) {
             vec s = load(column[0] + b) + load(column[1] + b + 1) + load(column[2] + b + 2);
+            if (SCALED) s *= a[x - 2] * load(scale + b);
             if (history) store(history + b, larger(s, load(history + b)));
             s -= load(penalty + b);
             store(S + b, s);
@@ -1525,13 +1663,14 @@ static void score(const float *const *P, long W, long w, long ld, float *space, 
 /* Pairs of pixel rows, y of u and a of v, with the same y - a make a diagonal. The scores of two rows of patches need
    the products of three pairs that follow on a diagonal: going along it, each product is made once and three are kept.
    A thread takes G diagonals at a time. */
+template <bool SCALED>
 static void match(const float *u, long H, long W, const float *v, long h, long w, long D, const float *penalty,
-                  npy_int64 *matches, float *history) {
+                  const float *a_of, const float *b_of, npy_int64 *matches, float *history) {
     long ld = padded(w), patches = (H - 2) * (W - 2), style = history ? (h - 2) * ld : 0;
     long G = std::max<long>(1, std::min<long>(8, RING / (3 * W * ld))), bands = (H + h - 2 + G) / G;
     long threads = omp_get_max_threads(), row = 4 * (ld + LANES), each = 3 * G * W * ld + row + patches + style;
-    float *B = workspace(h * ld * D + (h - 2) * ld + threads * each), *limits = B + h * ld * D;
-    float *space = limits + (h - 2) * ld;
+    float *B = workspace(h * ld * D + (h - 2) * ld * (1 + SCALED) + threads * each), *limits = B + h * ld * D;
+    float *scale = limits + (h - 2) * ld * SCALED, *space = scale + (h - 2) * ld;
     std::vector<npy_int64> found(threads * patches);
     #pragma omp parallel num_threads(threads)
     {
@@ -1543,8 +1682,11 @@ static void match(const float *u, long H, long W, const float *v, long h, long w
         #pragma omp for
         for (long a = 0; a < h; a++) {
             pack(v + a * w * D, w, D, B + a * ld * D);
-            for (long b = 0; a < h - 2 && b < ld; b++)
-                limits[a * ld + b] = b >= w - 2 ? INFINITY : penalty ? penalty[a * (w - 2) + b] : 0;
+            for (long b = 0; a < h - 2 && b < ld; b++) {
+                long j = a * (w - 2) + b;
+                if (SCALED) scale[a * ld + b] = b < w - 2 ? b_of[j] : 0;
+                limits[a * ld + b] = b >= w - 2 || (SCALED && b_of[j] == 0) ? INFINITY : penalty ? penalty[j] : 0;
+            }
         }
         #pragma omp for schedule(dynamic)
         for (long band = 0; band < bands; band++) {
@@ -1556,8 +1698,9 @@ static void match(const float *u, long H, long W, const float *v, long h, long w
                 product((end - y) * W, ld, D, u + y * W * D, D, B + a * ld * D, at(a, y), ld);
                 for (y = std::max(2L, y); a >= 2 && y < end; y++) {
                     const float *P[] = {at(a - 2, y - 2), at(a - 1, y - 1), at(a, y)};
-                    score(P, W, w, ld, sums, limits + (a - 2) * ld, (a - 2) * (w - 2), best + (y - 2) * (W - 2),
-                          match + (y - 2) * (W - 2), history ? most + (a - 2) * ld : NULL);
+                    long i = (y - 2) * (W - 2);
+                    score<SCALED>(P, W, w, ld, sums, limits + (a - 2) * ld, (a - 2) * (w - 2), best + i, match + i,
+                                  history ? most + (a - 2) * ld : NULL, a_of + i, scale + (a - 2) * ld);
                 }
             }
         }
@@ -1577,15 +1720,17 @@ static void match(const float *u, long H, long W, const float *v, long h, long w
     }
 }
 
-static void matching(PyArrayObject *image, PyArrayObject *style, PyArrayObject *penalties, PyArrayObject **matches,
-                     PyArrayObject **history) {
-    Array u(image), v(style), penalty(penalties);
+static void matching(PyArrayObject *image, PyArrayObject *style, PyArrayObject *of_image, PyArrayObject *of_style,
+                     PyArrayObject *penalties, PyArrayObject **matches, PyArrayObject **history) {
+    Array u(image), v(style), a(of_image), b(of_style), penalty(penalties);
     npy_intp H = u.size(0), W = u.size(1), h = v.size(0), w = v.size(1), M = (H - 2) * (W - 2), N = (h - 2) * (w - 2);
-    if (std::min(std::min(H, W), std::min(h, w)) < 3 || u.size(2) != v.size(2) || (penalty && penalty.size(0) != N))
+    bool scaled = a.size(0) || b.size(0);
+    if (std::min(std::min(H, W), std::min(h, w)) < 3 || u.size(2) != v.size(2) || (penalty && penalty.size(0) != N) ||
+        (scaled && (a.size(0) != M || b.size(0) != N)))
         throw std::invalid_argument("Matching: the pictures have no 3x3 patch, or do not fit each other");
     npy_int64 *numbers = (npy_int64 *)allocate(matches, 1, &M, NPY_INT64);
     float *scores = history ? (float *)allocate(history, 1, &N, NPY_FLOAT32) : NULL;
-    match(u, H, W, v, h, w, u.size(2), penalty, numbers, scores);
+    (scaled ? match<true> : match<false>)(u, H, W, v, h, w, u.size(2), penalty, a, b, numbers, scores);
 }
 '''
 
@@ -1680,17 +1825,18 @@ def define_ops():
     class Matching(Compiled):
         """For every 3x3 patch i of u (H, W, D) the patch j of v (h, w, D) with the largest score, the first of equals.
 
-            S(i, j) = sum_d u(i + d) . v(j + d),        less penalty(j)
+            S(i, j) = a(i) b(j) sum_d u(i + d) . v(j + d),        less penalty(j)
 
-        The sum over the offsets d is taken over shifted products of single pixels: they cost a ninth of the products of
-        patches, no patch is ever stored, and of the products only a few rows at a time.
+        Where a and b are empty they are 1; where b(j) is 0 there is no patch j. The sum over the offsets d is taken
+        over shifted products of single pixels: they cost a ninth of the products of patches, no patch is ever stored,
+        and of the products only a few rows at a time.
         """
 
         code = MATCHING
 
-        def make_node(self, u, v, *penalty):
+        def make_node(self, u, v, a, b, *penalty):
             """With `penalty` ((h - 2) (w - 2),) there is a second output: the largest S(i, j) of each j, without it."""
-            return self.apply((u, v, *penalty), (3, 3, 1), [T.lvector()] + [T.fvector() for _ in penalty])
+            return self.apply((u, v, a, b, *penalty), (3, 3, 1, 1, 1), [T.lvector()] + [T.fvector() for _ in penalty])
 
         def infer_shape(self, node, shapes):
             return [((H - 2) * (W - 2),) for H, W, _ in shapes[:len(node.outputs)]]
@@ -1699,7 +1845,7 @@ def define_ops():
             return [theano.gradient.grad_undefined(self, k, variable) for k, variable in enumerate(inputs)]
 
         def c_code(self, node, name, inputs, outputs, sub):
-            missing = ['NULL'] * (3 - len(inputs))
+            missing = ['NULL'] * (5 - len(inputs))
             return self.call('matching', [*inputs, *missing, *(f'&{output}' for output in outputs), *missing], sub)
 
     # Theano keeps compiled code by the pickled name of its Op, which is the same for the script and its tests.
@@ -1723,11 +1869,12 @@ def fast_convolution(W, b, pool):
     return lambda x, *_, **__: Convolution(pool)(x.dimshuffle(2, 3, 1), *constants).dimshuffle('x', 2, 0, 1)
 
 
-def fast_match(u, v, slices, variety=None, history=None):
+def fast_match(u, v, slices, variety=None, history=None, scale=None):
     """What `match` gives; of the products only three rows by one row are alive at a time, so there are no slices."""
+    a, b = scale or 2 * [np.zeros(0, np.float32)]
     if history is None:
-        return Matching()(u, v), None
-    matches, best = Matching()(u, v, np.float32(9) * variety * history)
+        return Matching()(u, v, a, b), None
+    matches, best = Matching()(u, v, a, b, np.float32(9) * variety * history)
     return matches, best / np.float32(9)
 
 
@@ -1777,23 +1924,30 @@ class Objective:
         # Numbers are variables too, so that the same compiled code serves all their values.
         self.numbers = {name: theano.shared(np.float32(0)) for name in
                         ('content_weight', 'style_weight', 'smoothness', 'semantic_weight', 'variety')}
+        self.gatys, self.li_wand = options.method == 'gatys', options.method == 'li-wand'
+        patched = [] if self.gatys else self.style_layers
+        scaled = self.li_wand or options.rotations or options.scales
         self.target = {layer: array(3) for layer in self.content_layers}                    # f of content, (H, W, C)
-        self.style = {layer: array(3) for layer in self.style_layers}                       # g, (h, w, C)
-        self.keys = {layer: array(3) for layer in self.style_layers}                        # v, (h, w, C + K)
-        self.maps = {layer: array(3) if semantic else None for layer in self.style_layers}  # m, (H, W, K)
-        self.history = {layer: array(1) if options.variety else None for layer in self.style_layers}  # h(j)
-        self.matches = {layer: array(1, 'int64') for layer in self.style_layers}            # j of each i
+        self.style = {layer: array(2 if self.gatys else 3) for layer in self.style_layers}  # g, (h, w, C); A, (C, C)
+        self.keys = self.style if self.li_wand else {layer: array(3) for layer in patched}    # v, (h, w, C + K)
+        self.maps = {layer: array(3) if semantic else None for layer in patched}            # m, (H, W, K)
+        self.scale = {layer: array(1) if scaled else None for layer in patched}             # b(j)
+        self.history = {layer: array(1) if options.variety else None for layer in patched}  # h(j)
+        self.matches = {layer: array(1, 'int64') for layer in patched}                      # j of each i
 
         x, g, n = T.tensor3('x'), T.tensor3('g'), T.tensor3('n') if semantic else None
         w = self.numbers['semantic_weight']
         f = features(build_network(weights, self.layers, fast), x, self.layers)
         self.features = theano.function([x], list(f.values()))
         self.style_key = theano.function([g, n] if semantic else [g], matching_key(g, n, w))
+        self.style_scale, self.gram = theano.function([g], patch_scale(g)), theano.function([g], gram(g))
         matches, updates = {}, []
-        for layer in self.style_layers:
-            u = theano.gradient.disconnected_grad(matching_key(f[layer], self.maps[layer], w))
+        for layer in patched:
+            u = f[layer] if self.li_wand else matching_key(f[layer], self.maps[layer], w)
+            u = theano.gradient.disconnected_grad(u)
+            scale = scaled and (patch_scale(u) if self.li_wand else T.ones_like(patch_scale(u)), self.scale[layer])
             matches[layer], history = (fast_match if fast else match)(
-                u, self.keys[layer], options.slices, self.numbers['variety'], self.history[layer])
+                u, self.keys[layer], options.slices, self.numbers['variety'], self.history[layer], scale)
             updates += [(self.matches[layer], matches[layer])]
             updates += [(self.history[layer], history)] if options.variety else []
         self.matching = self.compiled(x, f, matches, updates)
@@ -1802,8 +1956,9 @@ class Objective:
     def compiled(self, x, f, matches, updates):
         """The function x -> loss terms and the gradient of their sum, the matches held fixed."""
         number = self.numbers
-        terms = [number['smoothness'] * smoothness_loss(x)]
-        terms += [number['style_weight'] * style_loss(f[layer], g, matches[layer]) for layer, g in self.style.items()]
+        terms = [number['smoothness'] * smoothness_loss(x, 1 if self.li_wand else 1.25)]
+        terms += [number['style_weight'] * (gram_loss(f[layer], g) / np.float32(len(self.style)) if self.gatys else
+                                            style_loss(f[layer], g, matches[layer])) for layer, g in self.style.items()]
         terms += [number['content_weight'] * content_loss(f[layer], target) for layer, target in self.target.items()]
         profile = theano.compile.ProfileStats(atexit_print=False, flag_time_thunks=True) if self.fast else False
         mode = theano.Mode(theano.gof.vm.VM_Linker(use_cloop=True, schedule=depth_first))
@@ -1825,22 +1980,37 @@ class Objective:
             f = dict(zip(self.layers, self.features(np.float32(content))))
             for layer, target in self.target.items():
                 target.set_value(f[layer])
-        g = dict(zip(self.layers, self.features(np.float32(style))))
+        steps = self.options.rotations, self.options.scales
+        pictures = style_copies(style, *steps, Image.BICUBIC)
+        maps = [] if style_map is None else style_copies(np.moveaxis(style_map, 2, 0), *steps, Image.BILINEAR)
+        copies = [dict(zip(self.layers, self.features(picture))) for picture in pictures]
         for layer in self.style_layers:
-            self.style[layer].set_value(g[layer])
+            g, whole = sheet([copy.pop(layer) for copy in copies])
+            self.style[layer].set_value(self.gram(g) if self.gatys else g)
+            if self.gatys:
+                continue                                                # it has neither keys nor maps
             n = []
             if self.maps[layer] is not None:
-                n = [pooled_map(style_map, style.shape[:0:-1], layer)]
+                n = [sheet([pooled_map(np.moveaxis(copy, 0, 2), picture.shape[:0:-1], layer)
+                            for copy, picture in zip(maps, pictures)])[0]]
                 self.maps[layer].set_value(pooled_map(content_map, size, layer))
-            self.keys[layer].set_value(self.style_key(g[layer], *n))
+            if not self.li_wand:
+                self.keys[layer].set_value(self.style_key(g, *n))
+            if self.scale[layer] is not None:
+                self.scale[layer].set_value(whole * self.style_scale(g) if self.li_wand else whole)
             if self.history[layer] is not None:
-                self.history[layer].set_value(np.zeros(self.patches(layer), dtype=np.float32))
+                self.history[layer].set_value(np.zeros_like(whole))
         self.fresh = True
 
-    def patches(self, layer):
-        """How many 3x3 patches the style picture has at a layer."""
-        height, width, _ = self.style[layer].get_value(borrow=True).shape
-        return (height - 2) * (width - 2)
+    def describe(self, layer):
+        """What there is of the style at a layer: a Gram matrix, or so many patches of so many channels."""
+        g = self.style[layer].get_value(borrow=True)
+        if self.gatys:
+            return f'{g.shape} Gram matrix in {g.nbytes // 1000:,}kb'
+        v, scale = self.keys[layer].get_value(borrow=True), self.scale[layer]
+        count = (v.shape[0] - 2) * (v.shape[1] - 2) if scale is None else np.count_nonzero(scale.get_value(borrow=True))
+        size = g.nbytes + (0 if self.li_wand else v.nbytes)             # where the keys are the features themselves
+        return f'{(count, v.shape[2], 3, 3)} patches in {size // 1000:,}kb'
 
     def __call__(self, x):
         """The `Evaluation` of the image `x` (3, H, W).
@@ -2158,9 +2328,7 @@ class Journal:
         scale = 1 / 2 ** (self.options.phases - 1 - phase)
         self.say(f'\n{bold(f"Phase #{phase}")}: resolution {size[0]}x{size[1]}  scale {scale}')
         for layer in objective.style_layers:
-            g, v = objective.style[layer].get_value(borrow=True), objective.keys[layer].get_value(borrow=True)
-            self.say(f'  - Style layer {layer}: {(objective.patches(layer), v.shape[2], 3, 3)} patches '
-                     f'in {(g.nbytes + v.nbytes) // 1000:,}kb.')
+            self.say(f'  - Style layer {layer}: {objective.describe(layer)}.')
         for layer, target in objective.target.items():
             features = target.get_value(borrow=True)
             self.say(f'  - Content layer conv{layer}: {features.shape[2]} features in {features.nbytes // 1000:,}kb.')

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 import twin
+from test_twin import thin_weights
 
 
 def value_and_gradient(doodle, loss, *arrays):
@@ -44,10 +45,50 @@ def test_style_loss_is_zero_where_every_patch_is_its_own_match(doodle):
     assert abs(value) < 1e-3 and np.abs(gradient).max() < 1e-4
 
 
-@pytest.mark.parametrize('shape', [(2, 2), (5, 3), (8, 9)])
-def test_smoothness_loss(doodle, shape):
+@pytest.mark.parametrize('image, style', [((1, 1), (4, 7)), ((5, 7), (6, 3))])
+def test_gram_loss(doodle, image, style):
+    f, g = (np.random.default_rng(3).random(shape + (6,), dtype=np.float32) * 100 for shape in (image, style))
+    A = twin.gram(channels_first(g))
+    np.testing.assert_allclose(doodle.gram(doodle.theano.shared(g)).eval(), A, rtol=1e-5)
+    value, gradient = value_and_gradient(doodle, doodle.gram_loss, f, np.float32(A))
+    expected, slope = twin.gram_loss(channels_first(f), A, 1.)
+    assert value == pytest.approx(expected, rel=1e-4)
+    np.testing.assert_allclose(channels_first(gradient), slope, rtol=1e-3, atol=1e-4 * np.abs(slope).max())
+
+
+@pytest.mark.parametrize('shape, power', [((2, 2), 1.25), ((5, 3), 1), ((8, 9), 1.25)])
+def test_smoothness_loss(doodle, shape, power):
     x = np.random.default_rng(2).random((3,) + shape, dtype=np.float32) * 255
-    value, gradient = value_and_gradient(doodle, doodle.smoothness_loss, x)
-    expected, slope = twin.smoothness_loss(np.float64(x), 1.)
+    value, gradient = value_and_gradient(doodle, lambda x: doodle.smoothness_loss(x, power), x)
+    expected, slope = twin.smoothness_loss(np.float64(x), 1., power)
     assert value == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(gradient, slope, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('method, power', [('champandard', 1.25), ('li-wand', 1), ('gatys', 1.25)])
+def test_a_method_is_the_sum_of_its_terms(doodle, method, power):
+    """Every term at an image, and the gradient of all, is the twin's, with the matches that were found."""
+    weights = doodle.Weights('vgg19', {name[4:]: pair for name, pair in thin_weights().items()}, '', '')
+    o = doodle.parse_options(['--style=-', f'--method={method}', '--style-layers=2_1,3_1', '--content-layers=2_2',
+                              '--smoothness=0.1', *([] if method == 'gatys' else ['--rotations=1', '--scales=1'])])
+    rng = np.random.default_rng(5)
+    x, content, style = (rng.uniform(0, 255, (3, *shape)) for shape in ((30, 34), (30, 34), (41, 36)))
+    objective = doodle.Objective(weights, o, True, False, fast=True)
+    objective.set_phase(content, style, None, None, (34, 30))
+    found = objective(x)
+
+    f, of_content, of_style = (twin.features(thin_weights(), image, '3_1') for image in (x, content, style))
+    terms = {('content', '2_2'): twin.content_loss(f['2_2'], of_content['2_2'], o.content_weight)}
+    for layer in o.style_layers:
+        if method == 'gatys':
+            terms['style', layer] = twin.gram_loss(f[layer], twin.gram(of_style[layer]), o.style_weight / 2)
+        else:
+            patches = twin.patches(channels_first(objective.style[layer].get_value()))
+            terms['style', layer] = twin.style_loss(f[layer], patches[objective.matches[layer].get_value()],
+                                                    o.style_weight)
+    smooth, gradient = twin.smoothness_loss(x, o.smoothness, power)
+    gradient = gradient + twin.features_backward(thin_weights(), f, {layer: g for (_, layer), (_, g) in terms.items()})
+    assert found.smooth == pytest.approx(smooth, rel=1e-4)
+    for (kind, layer), (value, _) in terms.items():
+        assert getattr(found, kind)[layer] == pytest.approx(value, rel=1e-3), (kind, layer)
+    assert np.abs(found.gradient - gradient).max() < 2e-3 * np.abs(gradient).max()

@@ -103,3 +103,44 @@ def test_a_zero_vector_has_cosine_0_not_nan(doodle):  # fault 4
     f, m = np.ones((3, 3, 4)), np.zeros((3, 3, 3))
     k = key(doodle, f, m, 10.)
     assert np.isfinite(k).all() and (k[:, :, 4:] == 0).all()
+
+
+# ---- whole patches, and copies of the style picture --------------------------------------------------------------------
+
+@pytest.mark.parametrize('find', ['match', 'fast_match'])
+@pytest.mark.parametrize('variety', [0., 0.7])
+def test_whole_patches_match_by_their_cosine_in_every_copy_and_across_no_seam(doodle, find, variety):
+    rng = np.random.default_rng(4)
+    copies = [rng.random((h, w, 5), np.float32) * rng.random((h, w, 1)) for h, w in ((6, 5), (2, 9), (4, 8), (7, 3))]
+    f = rng.random((9, 7, 5), dtype=np.float32) * 100
+    f[:3, :3] = 0                                                           # its cosine with anything is 0
+    g, whole = doodle.sheet(copies)
+    f[6:, 4:] = g[5:8, 2:5]                                                 # would match best across the first seam
+    T, b = doodle.T, doodle.theano.function([], doodle.patch_scale(doodle.theano.shared(g)))() * whole
+    u, history = doodle.theano.shared(f), np.float32(rng.random(len(whole)))
+    matches, new = getattr(doodle, find)(u, doodle.theano.shared(g), 3, *([np.float32(variety), T.as_tensor_variable(
+        history)] if variety else [None, None]), scale=(doodle.patch_scale(u), T.as_tensor_variable(b)))
+    j, *new = doodle.theano.function([], [matches, new] if variety else [matches])()
+
+    S = np.concatenate([twin.patch_scores(np.moveaxis(copy, 2, 0).astype(float), np.moveaxis(f, 2, 0).astype(float))
+                        for copy in copies if len(copy) > 2])               # (patches of all copies, M)
+    assert len(S) == np.count_nonzero(whole) and (whole[j] == 1).all()
+    number = np.cumsum(whole).astype(int) - 1                               # of a patch of the sheet among the copies'
+    assert_best(S - variety * history[whole > 0, None], number[j])
+    if variety:
+        np.testing.assert_allclose(new[0][whole > 0], S.max(axis=1), rtol=1e-5)
+
+
+def test_copies_are_the_picture_turned_and_rescaled(doodle):
+    y, x = np.mgrid[:60, :90]
+    picture = np.stack([x, y, 0 * x + 80]) + 20.                           # ramps: a pixel's values tell its place
+    copies = doodle.style_copies(picture, 2, 3, doodle.Image.BICUBIC)
+    assert len(copies) == 35 and (copies[0] == np.float32(picture)).all()
+    found = []
+    for copy in copies:
+        assert abs(copy[2] - 100).max() < 1e-3                              # nothing from outside the picture
+        dy, dx = (slope.mean() for slope in np.gradient(copy[0]))
+        found.append((np.degrees(np.arctan2(-dy, dx)) / 7.5, (1 / np.hypot(dy, dx) - 1) / 0.05))
+        assert abs(copy[:2].mean(axis=(1, 2)) - picture[:2].mean(axis=(1, 2))).max() < 0.51    # about the centre
+    assert {tuple(np.round(steps)) for steps in found} == {(k, l) for k in range(-2, 3) for l in range(-3, 4)}
+    assert np.abs(found - np.round(found)).max() < 0.2

@@ -20,7 +20,8 @@ DEFAULTS = dict(
     output='output.png', output_size=None, phases=3, slices=None, cache=0,
     smoothness=1.0, variety=0.0, seed='noise', seed_range=(16.0, 240.0),
     iterations=100, device='cpu', print_every=10, save_every=10)
-OURS = dict(max_size=None, random_seed=None, network=None, weights=None, frames='frames', log=None, resume=False)
+OURS = dict(method='champandard', rotations=0, scales=0, max_size=None, random_seed=None, network=None, weights=None,
+            frames='frames', log=None, resume=False)
 
 NATURAL = ['0', '-1', '1.5', 'ten', '']
 WHOLE = ['-1', '1.5', 'ten', '']
@@ -35,6 +36,7 @@ BAD = {
     '--content-weight': WEIGHT, '--style-weight': WEIGHT, '--smoothness': WEIGHT, '--semantic-weight': WEIGHT,
     '--variety': WEIGHT,
     '--content-layers': LAYERS, '--style-layers': LAYERS,
+    '--method': ['Gatys', 'li', ''], '--rotations': WHOLE + ['13'], '--scales': WHOLE + ['13'],
     '--network': ['vgg', 'VGG19', 'resnet', ''],
     '--device': ['tpu', 'GPU0', 'gpu-1', 'cuda:0', 'gpu0,gpu1', 'opencl0', 'cpu0', ''],
 }
@@ -62,6 +64,23 @@ def python(code, *arguments, **environment):
 def test_defaults_are_those_of_the_original():
     options = vars(program.parse_options(['--style=a.png']))
     assert options == {**DEFAULTS, **OURS, 'style': 'a.png'}
+
+
+def test_a_method_has_defaults_of_its_own():
+    gatys = program.parse_options(['--style=a.png', '--method=gatys', '--content-weight=7'])
+    assert (gatys.style_layers, gatys.content_layers) == (['1_1', '2_1', '3_1', '4_1', '5_1'], ['4_2'])
+    assert (gatys.content_weight, gatys.smoothness, gatys.semantic_weight) == (7, 0, 0)
+    published = program.parse_options(['--method=li-wand', '--scales=1', '--style=a.png'])
+    assert (published.style_layers, published.rotations, published.scales) == (['3_1', '4_1'], 2, 1)
+
+
+@pytest.mark.parametrize('name, own', program.METHODS.items())
+def test_what_a_method_has_not_is_refused(refused, name, own):
+    for flag in (f'--{key.replace("_", "-")}' for key, default in own.items() if default is None):
+        problem, _ = refused('--style=a.png', f'--method={name}', f'{flag}=1')
+        assert name in problem and flag in problem
+        assert not getattr(program.parse_options(['--style=a.png', f'--method={name}', f'{flag}=0']),
+                           flag[2:].replace('-', '_'))
 
 
 def test_the_command_of_the_post_is_understood():

@@ -144,7 +144,8 @@ def test_gradient_of_each_loss():
     rng = np.random.default_rng(3)
     f, target, matched = [rng.normal(0, 100, shape) for shape in [(4, 6, 5), (4, 6, 5), (12, 4, 3, 3)]]
     for loss in [lambda a: twin.content_loss(a, target, 10.), lambda a: twin.style_loss(a, matched, 25.),
-                 lambda a: twin.smoothness_loss(a, 2.)]:
+                 lambda a: twin.smoothness_loss(a, 2.), lambda a: twin.smoothness_loss(a, 2., 1),
+                 lambda a: twin.gram_loss(a, twin.gram(target), 3.)]:
         assert_is_gradient(lambda a: loss(a)[0], f, loss(f)[1])
 
 

@@ -155,6 +155,13 @@ def scores(style, current):
     return p.reshape(len(p), -1) @ q.reshape(len(q), -1).T
 
 
+def patch_scores(style, current):
+    """S (N, M): the cosine of whole patches, of features (C, H, W) [Li & Wand, eq. 3]; 0 where a patch is zero."""
+    p, q = (patches(f).reshape(-1, 9 * len(f)) for f in (style, current))    # (N, 9 C), (M, 9 C)
+    lengths = np.outer(np.linalg.norm(p, axis=1), np.linalg.norm(q, axis=1))
+    return np.divide(p @ q.T, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+
+
 def match(s, history, variety):
     """The best style patch (M,) of each current one: the first with the largest S - variety x history."""
     return np.argmax(s - variety * history[:, None], axis=0)
@@ -179,17 +186,28 @@ def style_loss(f, matched, weight):
     return weight * (d ** 2).mean(), gradient
 
 
-def smoothness_loss(x, weight):
-    """weight x mean((dx^2 + dy^2)^1.25) of an image (3, H, W), on its (H - 1) x (W - 1) grid."""
+def gram(f):
+    """(C, C) products of the channels of features (C, H, W), averaged over the pixels."""
+    return np.einsum('ayx, byx -> ab', f, f) / f[0].size
+
+
+def gram_loss(f, of_style, weight):
+    """weight / (4 C^2) x sum((G - A)^2), of features (C, H, W) and the style's `gram` [Gatys et al., eq. 4 to 6]."""
+    d, c = gram(f) - of_style, len(f)
+    return weight / (4 * c ** 2) * (d ** 2).sum(), weight / c ** 2 / f[0].size * np.tensordot(d, f, 1)
+
+
+def smoothness_loss(x, weight, power=1.25):
+    """weight x mean((dx^2 + dy^2)^power) of an image (3, H, W), on its (H - 1) x (W - 1) grid."""
     dx = x[:, :-1, 1:] - x[:, :-1, :-1]
     dy = x[:, 1:, :-1] - x[:, :-1, :-1]
     squares = dx ** 2 + dy ** 2    # (3, H - 1, W - 1)
-    slope = weight / squares.size * 2.5 * squares ** 0.25
+    slope = weight / squares.size * 2 * power * squares ** (power - 1)
     gradient = np.zeros_like(x)
     gradient[:, :-1, 1:] += slope * dx
     gradient[:, 1:, :-1] += slope * dy
     gradient[:, :-1, :-1] -= slope * (dx + dy)
-    return weight * (squares ** 1.25).mean(), gradient
+    return weight * (squares ** power).mean(), gradient
 
 
 class Twin:
