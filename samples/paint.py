@@ -4,14 +4,17 @@
 # ///
 """Make the sample pictures and their painted maps again, pixel by pixel.
 
-    python samples/paint.py [paintings.rcc]
+    python samples/paint.py [paintings.rcc] [details.rcc] [face.dat]
 
-The archive is needed for auvers.png alone; it comes from Debian's package gcompris-qt-data (3.1-2):
+The files are needed for auvers.png, church.jpg and raccoon.jpg alone; two are from Debian's package gcompris-qt-data
+(3.1-2), one from SciPy's last version that had it:
 
     apt-get download gcompris-qt-data && dpkg-deb -x gcompris-qt-data_*.deb unpacked
-    python samples/paint.py unpacked/usr/share/gcompris-qt/rcc/paintings.rcc
+    pip download --no-deps --only-binary=:all: scipy==1.9.3 && unzip -j scipy-1.9.3-*.whl scipy/misc/face.dat
+    python samples/paint.py unpacked/usr/share/gcompris-qt/rcc/{paintings,details}.rcc face.dat
 """
 
+import bz2
 import io
 import os
 import struct
@@ -189,6 +192,69 @@ MY_VILLAGE = [
     ("trees", "404,360 408,342 420,328 440,324 452,312 470,308 480,312 480,360"),
 ]
 
+# Van Gogh's church at Auvers, in the colours of the village.
+CHURCH = [
+    ("walls", """230,28 240,48 252,52 265,75 280,78 286,95 293,125 295,158 300,168 338,165 340,148 348,148 350,178
+        360,200 375,235 386,250 386,290 385,335 360,340 340,330 325,333 305,335 280,322 260,328 240,328 200,333 165,330
+        140,335 120,328 105,325 85,325 75,340 60,348 52,345 50,310 52,290 58,275 55,250 68,236 68,222 66,217 90,205
+        110,190 130,172 150,160 172,149 185,147 196,124 196,115 198,110 200,85 204,70 212,55 222,42 226,28"""),
+    ("roofs", """66,217 90,205 110,190 130,172 150,160 172,149 190,160 205,168 215,183 235,200 242,210 220,206 200,205
+        175,204 150,208 130,216 122,224 110,218 85,217"""),
+    ("roofs", "202,125 215,145 235,165 250,185 262,199 255,201 240,183 225,165 210,148 200,132"),
+    ("roofs", "283,172 300,168 335,166 343,170 337,205 320,210 280,210 275,200 277,190"),
+    ("roofs", "283,213 300,225 318,240 333,253 310,251 285,248 263,250 272,232"),
+    ("roofs", "386,282 397,282 397,298 386,298"),
+    ("walls", "388,298 397,298 397,335 388,335"),
+    ("trees", """0,260 12,259 25,266 32,280 36,272 45,263 55,266 57,275 52,290 50,308 40,305 28,315 10,310 0,318"""),
+    ("roofs", "26,303 36,304 50,303 50,312 36,318 26,314"),
+    ("meadow", """0,318 30,318 50,322 52,345 60,348 75,340 85,325 105,325 120,328 140,335 165,330 200,333 240,328 260,328
+        280,322 305,335 325,333 340,330 360,340 378,345 397,330 397,500 0,500"""),
+    ("street", """0,355 45,338 50,343 28,357 40,362 65,378 95,385 125,393 150,401 168,412 185,432 210,455 245,452 275,445
+        290,440 292,425 285,412 295,400 315,388 335,375 355,362 365,352 390,340 397,335 397,345 375,358 360,375 366,390
+        384,400 375,415 356,428 356,445 375,455 397,470 397,500 72,500 78,470 85,455 95,440 93,400 62,380 28,378
+        20,363 0,362"""),
+]
+
+# Two animals' heads.
+ANIMAL = {
+    "background": (0, 0, 255),
+    "fur": (255, 147, 0),
+    "ears": (255, 0, 147),
+    "muzzle": (255, 0, 0),
+    "eyes": (255, 255, 255),
+    "nose": (147, 255, 0),
+}
+CAT = [
+    ("fur", """40,0 36,30 32,60 30,85 32,105 20,112 0,122 0,300 250,300 280,283 300,272 310,262 318,245 325,225 335,212
+        345,198 355,178 362,155 364,130 362,105 357,80 340,40 328,0"""),
+    ("ears", "325,0 398,0 385,15 378,32 372,48 358,74 350,65 345,50 335,30 328,12"),
+    ("ears", "40,0 85,0 75,15 60,28 45,30 36,30"),
+    ("eyes", """134,100 138,92 146,87 158,85 172,86 185,90 196,97 204,107 208,118 208,130 204,140 196,145 183,147 170,146
+        157,141 146,132 139,121 135,110"""),
+    ("eyes", """296,128 300,121 308,115 318,111 330,109 338,111 343,117 344,127 341,138 335,149 326,157 315,162 303,163
+        297,158 296,148 295,138"""),
+    ("muzzle", """150,228 170,214 195,210 215,212 228,224 292,228 300,222 312,226 316,240 310,258 300,270 280,280 262,284
+        240,280 215,272 190,268 165,258 150,245"""),
+    ("nose", """229,226 240,228 255,226 270,227 283,230 291,231 289,238 282,245 275,251 270,257 262,263 256,266 251,260
+        250,252 247,243 238,236"""),
+]
+RACCOON = [
+    ("fur", """0,0 318,0 325,30 332,50 322,72 315,80 330,110 348,160 350,172 358,190 366,205 370,222 366,238 355,250 345,262
+        335,275 325,285 310,292 290,297 265,300 240,305 225,318 215,332 200,345 185,352 176,360 0,360"""),
+    ("ears", """312,88 322,78 335,72 350,69 370,70 382,75 389,88 386,105 380,120 372,132 360,143 348,150 335,148 326,140
+        326,125 322,112 312,105"""),
+    ("ears", """20,42 26,34 38,31 52,36 66,46 80,58 90,72 97,88 98,102 88,112 70,118 55,112 45,105 36,92 28,80 21,66
+        19,52"""),
+    ("muzzle", """97,300 105,288 120,278 135,270 150,266 165,266 180,272 190,284 205,295 225,300 222,312 212,326 200,340
+        185,350 176,358 168,360 128,360 118,350 110,335 103,318"""),
+    ("eyes", "99,222 104,214 113,211 122,213 129,220 132,230 130,241 124,247 114,247 105,241 100,232"),
+    ("eyes", "205,240 212,234 222,231 232,233 239,240 240,249 235,258 226,264 215,263 208,257 204,248"),
+    ("nose", """119,338 121,327 127,318 136,313 148,314 158,318 168,322 174,330 176,342 174,353 168,360 128,360
+        121,350"""),
+    ("background", "0,331 30,322 75,313 78,316 40,329 0,338"),      # blades of grass in front
+    ("background", "25,300 60,297 120,295 180,295 230,297 245,300 230,301 180,301 120,302 60,302 25,304"),
+]
+
 
 def paint(colours, shapes, size):
     """The map: each shape filled with its part's flat colour (a pixel is in or out, by its centre)."""
@@ -201,8 +267,8 @@ def paint(colours, shapes, size):
 
 
 def save(name, pixels):
-    """Write an optimised PNG beside this file."""
-    Image.fromarray(np.asarray(pixels)).save(os.path.join(HERE, name), optimize=True)
+    """Write an optimised PNG or JPEG beside this file."""
+    Image.fromarray(np.asarray(pixels)).save(os.path.join(HERE, name), optimize=True, quality=90)
 
 
 def faces():
@@ -261,7 +327,29 @@ def village(archive):
     save("my_village_sem.png", paint(VILLAGE, MY_VILLAGE, (480, 360)))
 
 
+def church(archive):
+    """Van Gogh's church at Auvers (only with the archive)."""
+    if archive:
+        name = "/gcompris/src/activities/details/resource/image/Eglise_dAuvers-sur-Oise_background.webp"
+        save("church.jpg", Image.open(io.BytesIO(unpack(archive)[name])).convert("RGB"))
+    save("church_sem.png", paint(VILLAGE, CHURCH, (397, 500)))
+
+
+def animals(raccoon):
+    """A cat, and a raccoon cut to its head (only with the file)."""
+    if raccoon:
+        with bz2.open(raccoon) as file:
+            photo = Image.frombytes("RGB", (1024, 768), file.read())
+        save("raccoon.jpg", photo.crop((424, 0, 1024, 480)).resize((450, 360), Image.Resampling.LANCZOS))
+    save("cat.jpg", skimage.data.chelsea())
+    save("cat_sem.png", paint(ANIMAL, CAT, (451, 300)))
+    save("raccoon_sem.png", paint(ANIMAL, RACCOON, (450, 360)))
+
+
 if __name__ == "__main__":
+    given = {os.path.basename(path): path for path in sys.argv[1:]}
     faces()
-    village(sys.argv[1] if sys.argv[1:] else None)
+    village(given.get("paintings.rcc"))
+    church(given.get("details.rcc"))
+    animals(given.get("face.dat"))
     save("gravel.png", skimage.data.gravel()[:320, :320])
