@@ -7,6 +7,7 @@
 #   "numpy==1.26.4",
 #   "scipy==1.16.3",
 #   "Pillow==13.0.0",
+#   "scikit-image==0.26.0",
 #   "h5py==3.16.0",
 #   "tqdm==4.70.1",
 #   "scipy-openblas32==0.3.34.0.0",
@@ -17,7 +18,7 @@
 """Neural Doodle: paint one picture with the patches of another, eyes from eyes and skin from skin.
 
 The file reads the way the data flows:
-options -> images and maps -> weights -> devices -> network -> matching -> losses ->
+options -> images and maps -> weights -> devices -> network -> automatic maps -> matching -> losses ->
 engine -> objective -> optimisation -> files.
 
 Names kept to everywhere:
@@ -111,6 +112,13 @@ def weight(text):
     return value
 
 
+def parts(text):
+    """0, or a whole number from 2 to 16."""
+    if text != '0' and not 2 <= whole(text) <= 16:
+        raise argparse.ArgumentTypeError(f'{text!r} is neither 0 nor a whole number from 2 to 16')
+    return int(text)
+
+
 def layers(text):
     """Names of VGG layers, ``'3_1,4_1'`` -> ``['3_1', '4_1']``."""
     names = text.split(',')
@@ -189,6 +197,7 @@ OPTIONS = {
         ('--output-size',     size,    None,         'WxH',    'width and height for texture synthesis'),
         ('--max-size',        natural, None,         'N',      'shrink pictures with a longer side, maps with them'),
         ('--semantic-ext',    str,     '_sem.png',   'EXT',    'the map of dir/name.jpg is dir/name + this'),
+        ('--auto-maps',       parts,   '0',          'N',      'paint the maps that are missing, with N parts'),
         ('--seed',            str,     'noise',      'SEED',   'start from noise, content, or the picture at a path'),
         ('--seed-range',      colours, '16:240',     'LO:HI',  'range of the colours of noise'),
         ('--random-seed',     whole,   None,         'N',      'repeats a run; drawn and printed when not given'),
@@ -534,7 +543,8 @@ def read_inputs(options):
              'seed': None if options.seed in ('noise', 'content') else options.seed}
     target = options.content or options.output
     map_paths = {'style': map_path(options.style, extension), 'content': map_path(target, extension)}
-    check_written(options, [*paths.values(), *map_paths.values(), options.weights])
+    previews = map(preview_path, map_paths.values()) if options.auto_maps else ()
+    check_written(options, [*paths.values(), *map_paths.values(), *previews, options.weights])
 
     content = style = seed = content_map = style_map = None
     if options.content:
@@ -544,10 +554,12 @@ def read_inputs(options):
     remarks.append(f'Loading `{options.style}` for style data.')
 
     found = [name for name in ('content', 'style') if options.semantic_weight and os.path.exists(map_paths[name])]
+    if missing_maps(options):
+        found = []                                                      # they are painted later, and all is read again
     if len(found) == 1:
         missing = map_paths['style' if found == ['content'] else 'content']
         raise UserError(f'{map_paths[found[0]]!r} is a map, but {missing!r} is not there.',
-                        'paint that map too, or leave maps unread with --semantic-weight=0')
+                        'paint that map too, say --auto-maps=6, or leave maps unread with --semantic-weight=0')
     if found:
         if content is None:
             content_map = limited(read_picture(map_paths['content']), options.max_size, Image.NEAREST)
@@ -665,12 +677,16 @@ def check_written(options, read):
         raise UserError('--output and --log are the same file.', 'choose another --log')
     image_format(options.output)
     for flag, folder in folders.items():
-        try:
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(f'{flag}: the folder {folder!r} cannot be written: {error.strerror}.',
-                            f'choose another {flag}') from None
+        check_folder(folder, flag, f'choose another {flag}')
+
+
+def check_folder(folder, flag, fix):
+    """Make a folder where it is missing, and refuse one that cannot be written."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f'{flag}: the folder {folder!r} cannot be written: {error.strerror}.', fix) from None
 
 
 def image_format(path):
@@ -1155,6 +1171,282 @@ def features(network, x, names):
     image = (x - np.float32(MEAN)[:, None, None]).dimshuffle('x', 0, 1, 2)
     outputs = lasagne.layers.get_output([network[name] for name in names], image)
     return {name: T.addbroadcast(output, 0).dimshuffle(2, 3, 1) for name, output in zip(names, outputs)}
+
+
+# ---- automatic maps --------------------------------------------------------------------------------------------------
+
+# What tells parts apart, and its weight: features, colours, the way to the four borders, height in the picture.
+MAP_WEIGHTS = {'4_1': 0.5, '5_1': 0.7, 'colour': 0.3, 'borders': 1.0, 'height': 0.5}
+MAP_SIDE, MAP_SEGMENTS = 384, 600                                     # longest side, superpixels
+MAP_LEAST = 0.03, 0.002                                               # of both pictures: a main part, a detail
+
+
+def import_skimage():
+    """What automatic maps need, and nothing else does."""
+    global color, csgraph, distance, hierarchy, segmentation, sparse
+    try:
+        from scipy import sparse
+        from scipy.cluster import hierarchy
+        from scipy.sparse import csgraph
+        from scipy.spatial import distance
+        from skimage import color, segmentation
+    except ImportError as error:
+        raise UserError(f'{error}.', 'install the packages: pip install -r requirements.txt') from None
+
+
+def preview_path(path):
+    """``dir/name_sem.png`` -> ``dir/name_sem_preview.jpg``."""
+    return os.path.splitext(path)[0] + '_preview.jpg'
+
+
+def missing_maps(options):
+    """The pictures whose maps are to be painted, {map's path: picture's path}; UserError where that cannot be done."""
+    if not options.auto_maps:
+        return {}
+    if not options.content or not options.semantic_weight or not options.semantic_ext.lower().endswith('.png'):
+        raise UserError('--auto-maps needs a content picture, maps that are read, and maps that end in .png.',
+                        'add --content, leave out --semantic-weight=0, or let --semantic-ext end in .png')
+    pictures = {map_path(path, options.semantic_ext): path for path in (options.content, options.style)}
+    if len(pictures) == 1:
+        raise UserError(f'{options.content!r} and {options.style!r} would have one map.', 'rename one of them')
+    missing = {path: picture for path, picture in pictures.items() if not os.path.exists(path)}
+    for path in missing:
+        check_folder(os.path.dirname(path) or '.', '--auto-maps', 'copy the picture into a folder of your own')
+    return missing
+
+
+def map_colours(count):
+    """(count, 3) uint8: of the colours with a channel at 255 and the others at 0, 128 or 255, each the one whose
+    direction is farthest from those before."""
+    colours = np.array([colour for colour in np.ndindex(3, 3, 3) if max(colour) == 2]) * 127.5
+    directions = colours / np.linalg.norm(colours, axis=1, keepdims=True)
+    chosen = [1]                                                        # (0, 0, 255)
+    while len(chosen) < count:
+        chosen.append((directions @ directions[chosen].T).max(axis=1).argmin())
+    return np.uint8(colours[chosen] + .5)
+
+
+def scaled(X):
+    """`X` (n, d) about its mean, with vectors of length one on average (root mean square)."""
+    X = X - X.mean(axis=0)
+    return X / max(np.sqrt((X ** 2).sum(axis=1).mean()), 1e-12)
+
+
+def segment_means(segments, values):
+    """Means of `values` (h, w, C), brought to the size of `segments` (H, W), over each of the segments, (n, C)."""
+    count, segments = segments.max() + 1, segments[::2, ::2]            # every other pixel tells enough
+    values = resized(np.float32(values), segments.shape[::-1], Image.BILINEAR).reshape(segments.size, -1)
+    cover = sparse.csr_matrix((np.ones(segments.size), (segments.ravel(), np.arange(segments.size))),
+                              (count, segments.size))
+    return cover @ values / np.maximum(cover.sum(axis=1).A, 1)
+
+
+def border_ways(segments, X):
+    """How much changes on the best way from each segment to the four borders, (n, 4): geodesic distances.
+
+    A step between neighbours costs what it is above 0.7 of the median: within a part there is nothing to pay, however
+    long the way. The idea is from geodesic saliency, Wei, Wen, Zhu, Sun (2012).
+
+    Parameters
+    ----------
+    segments : (H, W) int array
+    X : (n, d) array
+    """
+    pairs = [np.stack([a.ravel(), b.ravel()]) for a, b in ((segments[1:], segments[:-1]),
+                                                           (segments[:, 1:], segments[:, :-1]))]
+    a, b = np.unique(np.sort(np.concatenate(pairs, axis=1), axis=0), axis=1)
+    a, b = a[a != b], b[a != b]
+    steps = np.linalg.norm(X[a] - X[b], axis=1)
+    steps = np.maximum(steps / np.median(steps) - 0.7, 1e-3)
+    graph = sparse.csr_matrix((steps, (a, b)), shape=(len(X), len(X)))
+    borders = segments[0], segments[-1], segments[:, 0], segments[:, -1]
+    ways = np.stack([csgraph.dijkstra(graph, directed=False, indices=np.unique(border), min_only=True)
+                     for border in borders], axis=1)
+    return ways / ways.mean()
+
+
+def describe(pictures, weights, fast):
+    """Both pictures cut into superpixels, and what is known of each.
+
+    Features and colours are taken about their mean in each picture, since pictures differ in light and style.
+
+    Parameters
+    ----------
+    pictures : list of two (H, W, 3) uint8 arrays
+    weights : Weights
+    fast : bool
+        With the engine.
+
+    Returns
+    -------
+    segments : list of two (h, w) int arrays
+        Superpixels by SLIC, Achanta et al. (2012), numbered on through both pictures.
+    X : (n, d) array
+        All that `MAP_WEIGHTS` names.
+    f : (n, e) array
+        The network's part of it: 32 principal components of each layer.
+    """
+    names = [name for name in weights.layers if name in MAP_WEIGHTS]
+    x = T.tensor3('x')
+    network = theano.function([x], list(features(build_network(weights, names, fast), x, names).values()))
+    segments, known = [], []
+    for picture in pictures:
+        scale = MAP_SIDE / max(picture.shape)
+        small = resized(picture, [max(16, round(side * scale)) for side in picture.shape[1::-1]], Image.LANCZOS)
+        cut = segmentation.slic(small, n_segments=MAP_SEGMENTS, compactness=10, sigma=0.5, start_label=0)
+        height = np.linspace(-1, 1, len(cut))[:, None, None].repeat(cut.shape[1], axis=1)
+        lab = segment_means(cut, color.rgb2lab(small))
+        layers = [segment_means(cut, f / np.maximum(np.linalg.norm(f, axis=2, keepdims=True), 1e-6))
+                  for f in network(np.float32(planes(small)))]
+        known.append([X - X.mean(axis=0) for X in (lab / np.maximum(lab.std(axis=0), 1e-6), *layers)] +
+                     [segment_means(cut, height)])
+        segments.append(cut)
+    split = segments[0].max() + 1
+    colours, *layers, height = map(np.concatenate, zip(*known))
+    layers = [scaled(f @ np.linalg.eigh(f.T @ f)[1][:, -32:]) for f in layers]
+    f = np.hstack([MAP_WEIGHTS[name] * layer for name, layer in zip(names, layers)])
+    ways = map(border_ways, segments, np.split(np.hstack([f, scaled(colours)]), [split]))
+    X = np.hstack([f, MAP_WEIGHTS['colour'] * scaled(colours), MAP_WEIGHTS['height'] * height * np.sqrt(3),
+                   MAP_WEIGHTS['borders'] * scaled(np.concatenate(list(ways)))])
+    return [segments[0], segments[1] + split], X, f
+
+
+def shared_split(X, shares, least):
+    """Cut a part in two, each of which both pictures have.
+
+    Goes down Ward's tree to the first such fork; branches that only one picture has go with the nearer of the two.
+
+    Parameters
+    ----------
+    X : (n, d) array
+    shares : (n, 2) array
+        Each superpixel's share of the first and of the second picture.
+    least : float
+        Share of each picture that a half must have.
+
+    Returns
+    -------
+    gain : float
+        By how much the cut lowers the sum of squares; 0 where there is none.
+    side : (n,) bool array
+    """
+    n, left, side = len(X), [], np.zeros(len(X), dtype=bool)
+    if n < 4:
+        return 0, side
+    tree, nodes = hierarchy.to_tree(hierarchy.ward(X), rd=True)
+    both = [shares[node.pre_order()].sum(axis=0).min() >= least for node in nodes]
+    while not tree.is_leaf():
+        children = sorted((tree.left, tree.right), key=lambda node: both[node.id])
+        if both[children[0].id]:
+            halves = [child.pre_order() for child in children]
+            centres = [X[half].mean(axis=0) for half in halves]
+            side[halves[1]] = True
+            for branch in left:
+                a, b = (np.linalg.norm(X[branch].mean(axis=0) - centre) for centre in centres)
+                side[branch] = b < a
+            return tree.dist ** 2 / 2, side
+        left.append(children[0].pre_order())
+        tree = children[1]
+    return 0, side
+
+
+def joint_parts(X, f, shares, count):
+    """Part of each superpixel, 0 .. count - 1, by cutting again and again what both pictures have.
+
+    First the part whose cut lowers the sum of squares the most, by all that is known. When no part can be cut any more
+    the most detailed one is, by its features alone and about their mean in each picture: eyes from skin.
+
+    Parameters
+    ----------
+    X, f, shares : arrays
+        As from `describe` and for `shared_split`.
+    count : int
+
+    Returns
+    -------
+    (n,) int array
+        With fewer parts where there is nothing left to cut.
+    """
+    parts, found = np.zeros(len(X), dtype=int), 1
+    for detailed in (False, True):
+        def split(k):
+            part = np.flatnonzero(parts == k)
+            Y, images = (f if detailed else X)[part].copy(), shares[part] > 0
+            for image in images.T if detailed else ():
+                Y[image] -= Y[image].mean(axis=0)
+            gain, side = shared_split(Y, shares[part], MAP_LEAST[detailed])
+            return gain / (len(part) if detailed else 1), part[side]
+        cuts = [split(k) for k in range(found)]
+        while found < count and max(gain for gain, _ in cuts):
+            k = max(range(found), key=lambda k: cuts[k][0])
+            parts[cuts[k][1]] = found
+            cuts[k], found = split(k), found + 1
+            cuts.append(split(found - 1))
+    return parts
+
+
+def painted_parts(segments, X, painted, k):
+    """Parts of the superpixels as in a painted map (H, W, 3) of picture `k`, and the colours of these parts.
+
+    A superpixel is of the class whose three nearest examples are nearest.
+    """
+    colours = map_classes([painted])                                                        # (K, 3)
+    pixels = resized(painted, segments[k].shape[::-1], Image.NEAREST)
+    nearest = distance.cdist(pixels.reshape(-1, 3), colours).argmin(axis=1).reshape(pixels.shape[:2])
+    own = np.unique(segments[k])
+    cover = segment_means(segments[k] - own[0], np.eye(len(colours))[nearest])              # (n, K)
+    classes = cover.argmax(axis=1)
+    classes[cover.argmax(axis=0)] = np.arange(len(colours))             # the smallest have an example, too
+    distances = [np.sort(distance.cdist(X, X[own][classes == c]), axis=1)[:, :3].mean(axis=1)
+                 for c in range(len(colours))]
+    return np.argmin(distances, axis=0), np.uint8(colours)
+
+
+def automatic_maps(pictures, maps, count, weights, fast):
+    """Maps of two pictures in which a colour means the same thing.
+
+    Parameters
+    ----------
+    pictures : list of two (H, W, 3) uint8 arrays
+    maps : list of two (H, W, 3) uint8 arrays or None
+        A painted map gives its parts and colours to the other picture; without any, `count` parts are found.
+    count : int
+    weights : Weights
+    fast : bool
+        With the engine, which is for the CPU.
+
+    Returns
+    -------
+    list of two (H, W, 3) uint8 arrays
+    """
+    segments, X, f = describe(pictures, weights, fast)
+    if maps[0] is None and maps[1] is None:
+        shares = np.stack([np.bincount(cut.ravel(), minlength=len(X)) / cut.size for cut in segments], axis=1)
+        parts, colours = joint_parts(X, f, shares, count), map_colours(count)
+    else:
+        k = int(maps[0] is None)
+        parts, colours = painted_parts(segments, X, maps[k], k)
+    return [resized(colours[parts[cut]], picture.shape[1::-1], Image.NEAREST)
+            for cut, picture in zip(segments, pictures)]
+
+
+def paint_maps(options, missing, weights, fast):
+    """Paint and write the maps that are `missing`, each with a preview, and say so."""
+    paths = options.content, options.style
+    map_paths = [map_path(path, options.semantic_ext) for path in paths]
+    pictures = [read_picture(path) for path in paths]
+    maps = [None if target in missing else read_map(target, path, picture)
+            for target, path, picture in zip(map_paths, paths, pictures)]
+    for target, picture, colours in zip(map_paths, pictures, automatic_maps(
+            pictures, maps, options.auto_maps, weights, fast)):
+        if target in missing:
+            preview = preview_path(target)
+            written = {target: colours, preview: np.uint8((picture.astype(int) + colours) // 2)}
+            written = {path: pixels for path, pixels in written.items() if not os.path.exists(path)}
+            for path, pixels in written.items():
+                write_picture(pixels, path)
+            say(f'  - Painted {len(map_classes([colours]))} parts: ' + ', '.join(f'`{path}`' for path in written))
+    say('  - Maps can be mended by hand in a paint program: run again, and they are kept.')
 
 
 # ---- matching --------------------------------------------------------------------------------------------------------
@@ -2408,20 +2700,23 @@ def run(arguments):
     os.environ.setdefault('OMP_NUM_THREADS', str(allowed_cores()))      # NumPy's BLAS reads it when it is imported
     return_freed_memory()
     import_pillow()
+    if options.auto_maps:
+        import_skimage()                                                # or tell at once that it is not there
     say(bold('Neural Doodle') + ' for semantic style transfer.')
     inputs, remarks = read_inputs(options)
     if options.device == 'cpu':
         check_memory(inputs.size, inputs.style.shape[1::-1], options)
     weights, remark = find_weights(options)
+    notes = [remark or f'Network {weights.kind} from `{weights.path}`.']
     random_seed, checkpoint = options.random_seed, None
     if os.path.exists(options.checkpoint):
         if options.resume:
             checkpoint = read_checkpoint(options.checkpoint, explained(inputs, weights, options, random_seed))
             random_seed = checkpoint[0]['header']['random_seed']
         else:
-            remarks.append(f'`{options.checkpoint}` of a run that did not end will be replaced; --resume would go on.')
+            notes.append(f'`{options.checkpoint}` of a run that did not end will be replaced; --resume would go on.')
     elif options.resume:
-        remarks.append(f'There is no `{options.checkpoint}` to resume from: starting anew.')
+        notes.append(f'There is no `{options.checkpoint}` to resume from: starting anew.')
     random_seed = secrets.randbelow(10 ** 9) if random_seed is None else random_seed
     used, trouble = import_theano(options.device)
     if trouble:
@@ -2430,7 +2725,13 @@ def run(arguments):
     if used != 'cpu':                                                   # where the engine needs no slices
         options.slices = options.slices or fitting_slices(
             inputs.size, inputs.style.shape[1::-1], options.style_layers, theano.gpuarray.get_context(None).free_gmem)
-    for line in remarks + [remark or f'Network {weights.kind} from `{weights.path}`.', f'Random seed {random_seed}.']:
+    missing = missing_maps(options)
+    if missing:
+        paint_maps(options, missing, weights, used == 'cpu')
+        inputs, remarks = read_inputs(options)
+    elif options.auto_maps:
+        remarks.append('Both maps are there: nothing to paint.')
+    for line in remarks + notes + [f'Random seed {random_seed}.']:
         say(f'  - {line}')
     say('  - Compiling, which takes a minute the first time..')
     objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, used == 'cpu')
