@@ -230,6 +230,7 @@ OPTIONS = {
         ('--save-every',      whole,   '10',         'N',      'write a frame every N evaluations; 0: never'),
         ('--frames',          str,     'frames',     'DIR',    'folder of the frames'),
         ('--log',             str,     None,         'PATH',   'write every evaluation as a line of JSON'),
+        ('--check',           bool,    False,        None,     'tell what would be done, and what is odd in the maps'),
         ('--resume',          bool,    False,        None,     'go on from the checkpoint of a run that did not end'),
     ),
 }
@@ -2414,6 +2415,36 @@ def enlarged(x, size):
     return np.clip(np.moveaxis(resized(np.moveaxis(np.float32(x), 0, 2), size, Image.BICUBIC), 2, 0), 0, 255)
 
 
+def plan(inputs, options):
+    """The run that would be, in lines: phases, patches, memory, and the time on this CPU, by its speed in NumPy."""
+    names, style_size, total, lines = layer_names('vgg19'), inputs.style.shape[1::-1], 0, []
+    layers = options.style_layers + (options.content_layers if inputs.content is not None else [])
+    copies = 0 if options.method == 'gatys' else (1 + 2 * options.rotations) * (1 + 2 * options.scales)
+    square = np.ones((2048, 2048), np.float32)
+    square @ square                                                     # wakes the cores
+    start = time.perf_counter()
+    square @ square
+    rate = 2 * 2048 ** 3 / (time.perf_counter() - start)
+    for phase in range(options.phases):
+        size, other = (phase_size(whole, phase, options.phases) for whole in (inputs.size, style_size))
+        def pixels(size, name):
+            return math.prod(side // 2 ** (int(name[0]) - 1) for side in size)
+        flops, channels, patches = 0, 3, []
+        for name in names[:max(map(names.index, layers)) + 1]:          # there and back
+            channels, before = WIDTHS[int(name[0]) - 1], channels
+            flops += 4 * 9 * before * channels * pixels(size, name)
+        for name in options.style_layers if copies else ():
+            # The engine's network reaches NumPy's rate, counted so, and its matching half of it.
+            flops += 2 * 2 * WIDTHS[int(name[0]) - 1] * pixels(size, name) * pixels(other, name) * copies
+            count = copies * math.prod(side // 2 ** (int(name[0]) - 1) - 2 for side in other)
+            patches.append(f'{name} {count:,}')
+        total += flops / rate * options.iterations
+        lines.append('Phase #{}: {}x{}, {} evaluations of about {:.2g} s{}'.format(
+            phase, *size, options.iterations, flops / rate, ', style patches ' + ', '.join(patches) if patches else ''))
+    return lines + [f'On this CPU about {total / 60:.0f} minutes and '
+                    f'{memory_needed(inputs.size, style_size, options) / 1e9:.1f} GB in all.']
+
+
 def paint(objective, inputs, options, random_seed, journal):
     """Minimise the loss phase by phase, from a small scale to the full one.
 
@@ -2494,7 +2525,7 @@ def claim_frames(folder):
 
 # Options that change nothing in the picture, or whose files are compared instead.
 FREE = {'style', 'content', 'output', 'copy', 'semantic_ext', 'random_seed', 'slices', 'device', 'network', 'weights',
-        'print_every', 'save_every', 'frames', 'log', 'resume', 'checkpoint'}
+        'print_every', 'save_every', 'frames', 'log', 'resume', 'checkpoint', 'check', 'auto_maps'}
 
 
 def explained(inputs, weights, options, random_seed):
@@ -2704,6 +2735,10 @@ def run(arguments):
         import_skimage()                                                # or tell at once that it is not there
     say(bold('Neural Doodle') + ' for semantic style transfer.')
     inputs, remarks = read_inputs(options)
+    if options.check:
+        for line in remarks + plan(inputs, options):
+            say(f'  - {line}')
+        return 0
     if options.device == 'cpu':
         check_memory(inputs.size, inputs.style.shape[1::-1], options)
     weights, remark = find_weights(options)

@@ -1,6 +1,7 @@
 """Pictures and maps, from their files to what the network and the matching see."""
 import hashlib
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -366,6 +367,19 @@ def test_what_is_too_small_is_refused_with_phases_that_fit(refused, pictures):  
     problem, fix = refused('--style=texture_style.png', '--output-size=400x23', '--phases=1')
     assert 'result, 400x23' in problem and '--phases' not in fix
     assert '12 or more' in refused('--style=texture_style.png', '--style-layers=3_1', '--phases=99999999')[0]
+
+
+def test_check_tells_maps_and_plan_of_the_run_and_begins_none(run, pictures):
+    arguments = ['--check', '--style=face_style.png', '--content=face_content.png', '--phases=2', '--iterations=7']
+    result = run('.', *arguments)
+    inputs, remarks = doodle.read_inputs(doodle.parse_options(arguments))
+    (w, h), (W, H) = inputs.style.shape[1::-1], inputs.size
+    assert result.returncode == 0 and not result.stderr and not os.path.exists('output.png')
+    assert all(line in result.stdout for line in remarks) and any('#' in line for line in remarks)
+    assert f'Phase #0: {W // 2}x{H // 2}, 7 evaluations of about ' in result.stdout
+    assert re.search(rf'Phase #1: {W}x{H}, 7 evaluations of about [\d.e-]+ s, style patches '
+                     rf'3_1 {(w // 4 - 2) * (h // 4 - 2):,}, 4_1 {(w // 8 - 2) * (h // 8 - 2):,}\n', result.stdout)
+    assert re.search(r'On this CPU about 0 minutes and 0\.\d GB', result.stdout)
 
 
 # ---- what is written -------------------------------------------------------------------------------------------------

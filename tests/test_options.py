@@ -21,7 +21,7 @@ DEFAULTS = dict(
     smoothness=1.0, variety=0.0, seed='noise', seed_range=(16.0, 240.0),
     iterations=100, device='cpu', print_every=10, save_every=10)
 OURS = dict(method='champandard', rotations=0, scales=0, max_size=None, random_seed=None, network=None, weights=None,
-            frames='frames', log=None, resume=False)
+            frames='frames', log=None, resume=False, check=False, auto_maps=0)
 
 NATURAL = ['0', '-1', '1.5', 'ten', '']
 WHOLE = ['-1', '1.5', 'ten', '']
@@ -37,6 +37,7 @@ BAD = {
     '--variety': WEIGHT,
     '--content-layers': LAYERS, '--style-layers': LAYERS,
     '--method': ['Gatys', 'li', ''], '--rotations': WHOLE + ['13'], '--scales': WHOLE + ['13'],
+    '--auto-maps': WHOLE + ['1', '17'],
     '--network': ['vgg', 'VGG19', 'resnet', ''],
     '--device': ['tpu', 'GPU0', 'gpu-1', 'cuda:0', 'gpu0,gpu1', 'opencl0', 'cpu0', ''],
 }
