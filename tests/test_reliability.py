@@ -417,3 +417,25 @@ def test_a_machine_too_small_for_any_size_is_said_to_be_so(doodle, refused, monk
     monkeypatch.setattr(doodle, 'memory_limit', lambda: 300e6)
     Image.new('RGB', (200, 150)).save('a.png')
     assert 'more memory' in refused('--style=a.png', '--network=vgg16')[1]
+
+
+# ---- several runs at once --------------------------------------------------------------------------------------------
+
+def test_ten_runs_at_once_do_not_disturb_each_other(tmp_path):
+    """One folder, one cache of compiled code, one folder of frames: each paints what it paints alone."""
+    shutil.copy(FOLDER / 'texture_style.png', tmp_path / 'a.png')
+    arguments = ['--style=a.png', '--network=vgg16', '--style-layers=2_1', '--phases=1', '--iterations=4',
+                 '--random-seed=1', '--save-every=1', '--resume']
+    runs = [subprocess.Popen([sys.executable, ROOT / 'doodle.py', *arguments, f'--output={k}.png', f'--log={k}.log'],
+                             cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, 'OMP_NUM_THREADS': '1'}) for k in range(10)]
+    for process in runs:
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, out + err
+    assert len({(tmp_path / f'{k}.png').read_bytes() for k in range(10)}) == 1
+    assert len({tuple(entry['total'] for entry in map(json.loads, lines[1:])) for k in range(10)
+                if (lines := (tmp_path / f'{k}.log').read_text().splitlines())}) == 1
+    folders = [tmp_path / 'frames', *(tmp_path / f'frames/run-{k}' for k in range(2, 11))]
+    frames = [tuple((folder / f'{k:04d}.png').read_bytes() for k in range(4)) for folder in folders]
+    assert len(set(frames)) == 1
+    assert not list(tmp_path.glob('*.npz')) + list(tmp_path.rglob('.doodle-*'))
