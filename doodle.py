@@ -329,8 +329,8 @@ def import_pillow():
         from PIL import Image, ImageOps
     except ImportError as error:
         raise UserError(f'{error}.', 'install the packages: pip install -r requirements.txt') from None
-    warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # twice that size is still refused, or what
-    Image.MAX_IMAGE_PIXELS = min(Image.MAX_IMAGE_PIXELS, memory_limit() // 40)  # 18 bytes a pixel do not fit
+    warnings.simplefilter('ignore', Image.DecompressionBombWarning)     # twice as many are still refused, and take
+    Image.MAX_IMAGE_PIXELS = min(Image.MAX_IMAGE_PIXELS, memory_limit() // 40)      # 18 bytes each
 
 
 def map_path(path, extension):
@@ -934,7 +934,8 @@ def memory_limit():
     with open('/proc/meminfo') as file:
         free = dict(re.findall(r'(\w+): +(\d+) kB', file.read()))
     limit = 1024 * (int(free['MemAvailable']) + int(free['SwapFree']))
-    with open('/proc/self/cgroup') as file:
+    groups = []
+    with contextlib.suppress(OSError), open('/proc/self/cgroup') as file:
         groups = [line.rstrip('/\n').split(':', 2) for line in file]
     for _, kinds, path in groups:                                       # a container sees its own as /
         name = {'': '{}/memory.max', 'memory': '/memory{}/memory.limit_in_bytes'}.get(kinds, '{}')
@@ -2799,6 +2800,10 @@ def run(arguments):
         saved = f'the last good image is in {kept(options)}' if journal.save() else 'nothing was saved'
         raise UserError(f'The loss is no longer a number after {journal.number} evaluations; {saved}.',
                         'try smaller weights, or another --random-seed') from None
+    except Exception:                                                   # there may be no more memory, for one
+        if journal.save():
+            say(f'\nAfter {journal.number} evaluations the image so far is in {kept(options)}.')
+        raise
     return 0
 
 

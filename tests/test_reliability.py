@@ -368,11 +368,18 @@ def test_a_signal_is_heard_in_the_midst_of_matching_and_the_next_call_is_right(d
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
+def test_a_lack_of_memory_leaves_the_image_and_is_not_called_divergence(painted):
+    done = painted(at={13: stop(MemoryError())})
+    assert done.code == 2 and 'not enough memory' in done.err and 'no longer a number' not in done.err
+    assert 'After 13 evaluations the image so far is in `o.png`' in done.out and os.path.exists('o.png')
+    assert len(painted('--resume').asked) == 30
+
+
 ROOM = {'/proc/meminfo': 'MemTotal:  9000000 kB\nMemAvailable:    4000000 kB\nSwapFree:     100 kB\n'}
 
 
 @pytest.mark.parametrize('files, limit', [
-    ({'/proc/self/cgroup': ''}, 4_000_100 * 1024),
+    ({}, 4_000_100 * 1024), ({'/proc/self/cgroup': ''}, 4_000_100 * 1024),
     ({'/proc/self/cgroup': '0::/\n', '/sys/fs/cgroup/memory.max': 'max\n'}, 4_000_100 * 1024),
     ({'/proc/self/cgroup': '0::/\n', '/sys/fs/cgroup/memory.max': '1000\n'}, 1000),
     ({'/proc/self/cgroup': '0::/a/b\n', '/sys/fs/cgroup/a/b/memory.max': '1000\n'}, 1000),
