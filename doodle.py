@@ -1259,7 +1259,7 @@ def border_ways(segments, X):
     a, b = np.unique(np.sort(np.concatenate(pairs, axis=1), axis=0), axis=1)
     a, b = a[a != b], b[a != b]
     steps = np.linalg.norm(X[a] - X[b], axis=1)
-    steps = np.maximum(steps / np.median(steps) - 0.7, 1e-3)
+    steps = np.maximum(steps / max(np.median(steps), 1e-12) - 0.7, 1e-3)
     graph = sparse.csr_matrix((steps, (a, b)), shape=(len(X), len(X)))
     borders = segments[0], segments[-1], segments[:, 0], segments[:, -1]
     ways = np.stack([csgraph.dijkstra(graph, directed=False, indices=np.unique(border), min_only=True)
@@ -1288,7 +1288,7 @@ def describe(pictures, weights, fast):
     f : (n, e) array
         The network's part of it: 32 principal components of each layer.
     """
-    names = [name for name in weights.layers if name in MAP_WEIGHTS]
+    names = [name for name in weights.layers if name in MAP_WEIGHTS] or list(weights.layers)[-1:]
     x = T.tensor3('x')
     network = theano.function([x], list(features(build_network(weights, names, fast), x, names).values()))
     segments, known = [], []
@@ -1306,7 +1306,7 @@ def describe(pictures, weights, fast):
     split = segments[0].max() + 1
     colours, *layers, height = map(np.concatenate, zip(*known))
     layers = [scaled(f @ np.linalg.eigh(f.T @ f)[1][:, -32:]) for f in layers]
-    f = np.hstack([MAP_WEIGHTS[name] * layer for name, layer in zip(names, layers)])
+    f = np.hstack([MAP_WEIGHTS.get(name, 1) * layer for name, layer in zip(names, layers)])
     ways = map(border_ways, segments, np.split(np.hstack([f, scaled(colours)]), [split]))
     X = np.hstack([f, MAP_WEIGHTS['colour'] * scaled(colours), MAP_WEIGHTS['height'] * height * np.sqrt(3),
                    MAP_WEIGHTS['borders'] * scaled(np.concatenate(list(ways)))])
