@@ -1037,8 +1037,9 @@ def check_cuda(device):
     try:
         cuda = ctypes.CDLL('libcuda.so.1')
     except OSError:
-        raise UserError("Nvidia's driver (libcuda.so.1) is not there.", 'start the container with --gpus all' if mounts()
-                        is not None else 'install the driver, and see that nvidia-smi finds the card') from None
+        fix = 'install the driver, and see that nvidia-smi finds the card'
+        raise UserError("Nvidia's driver (libcuda.so.1) is not there.",
+                        fix if mounts() is None else 'start the container with --gpus all') from None
     driver = divmod(integers(1, cuda.cuDriverGetVersion)[0] // 10, 100)                     # 12040 is CUDA 12.4
     compiler = integers(2, ctypes.CDLL('libnvrtc.so').nvrtcVersion)
     if driver < compiler:

@@ -89,7 +89,7 @@ def test_slices_fit_the_memory(doodle):
 
 def make_nvidia(folder, driver, compiler, cards):
     """Libraries of a driver and a compiler for these versions of CUDA, and cards of these compute capabilities."""
-    sources = {'libnvrtc.so': f'int nvrtcVersion(int *a, int *b) {{ *a = {compiler[0]}; *b = {compiler[1]}; return 0; }}',
+    sources = {'libnvrtc.so': 'int nvrtcVersion(int *a, int *b) { *a = %d; *b = %d; return 0; }' % compiler,
                'libcuda.so.1': f"""
         static int cards[][2] = {{{", ".join("{%d, %d}" % card for card in cards)}}};
         int cuDriverGetVersion(int *version) {{ *version = {1000 * driver[0] + 10 * driver[1]}; return 0; }}
@@ -152,10 +152,10 @@ def test_the_run_goes_on_on_the_cpu(tmp_path):
 def test_a_gpu_is_named_with_memory_and_driver(doodle, monkeypatch):
     card = SimpleNamespace(devname='NVIDIA GeForce GTX 1080', total_gmem=8_513_978_368)
     monkeypatch.setattr(doodle.theano, 'gpuarray', SimpleNamespace(get_context=lambda name: card), raising=False)
-    assert doodle.described('cuda0') == '`cuda0` (NVIDIA GeForce GTX 1080, 8.5 GB)' and doodle.described('cpu') == '`cpu`'
-    version = 'NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC version: 12.2'
     monkeypatch.setattr(doodle, 'open', lambda path: io.StringIO(version), raising=False)
-    assert doodle.described('cuda0').endswith('8.5 GB, driver 535.104.05)')
+    version = 'NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC: 12.2'
+    assert doodle.described('cpu') == '`cpu`'
+    assert doodle.described('cuda0') == '`cuda0` (NVIDIA GeForce GTX 1080, 8.5 GB, driver 535.104.05)'
 
 
 if __name__ == '__main__':                                              # in a process of its own, which has the GPU
