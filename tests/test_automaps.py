@@ -115,8 +115,6 @@ def test_missing_maps_are_written_once(doodle, run, tmp_path, monkeypatch):
     (['--style=astronaut.png', '--auto-maps=6'], 'needs a content picture'),
     ([*SMALL, '--semantic-weight=0'], 'maps that are read'),
     ([*SMALL, '--semantic-ext=_sem.jpg'], 'end in .png'),
-    ([*SMALL, '--auto-maps=1'], "'1' is neither 0 nor a whole number from 2 to 16"),
-    ([*SMALL, '--auto-maps=17'], "'17' is neither"),
     ([*SMALL, '--content=astronaut.jpg'], 'would have one map'),
     ([*SMALL, '--output=hopper_sem_preview.jpg'], 'is one of the inputs'),
 ])
