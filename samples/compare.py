@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The three systems of the post side by side: Gatys, Li & Wand, Champandard, on one pair of faces.
 
-    python3 samples/compare.py                        the sample pair; ten minutes on two cores
+    python3 samples/compare.py                        the sample pair, in some minutes
 
 makes one labelled picture and prints a table. Each method has its own default weights; all results are measured alike:
 
@@ -52,7 +52,7 @@ def table(rows, style, content, maps, weights):
     """Lines of Markdown, one for each of `rows`, {title: (H, W, 3) picture}."""
     codes = [doodle.colour_codes(colours) for colours in maps]
     measure, features = measures(weights)
-    x, y, target = None, doodle.np.float32(doodle.planes(style)), features(doodle.np.float32(doodle.planes(content)))
+    y, target = doodle.np.float32(doodle.planes(style)), features(doodle.np.float32(doodle.planes(content)))
     lines = ['| | own part, conv3_1 | own part, conv4_1 | content | patches, conv3_1 | patches, conv4_1 | Gram |',
              '|---|---|---|---|---|---|---|']
     for title, picture in rows.items():
@@ -60,8 +60,8 @@ def table(rows, style, content, maps, weights):
         loss, *patches, gram, j3, j4, f3, g3, f4, g4 = measure(x, y, target)
         shares = [100 * doodle.np.mean(part_of(codes[0], f, layer) == part_of(codes[1], g, layer)[j])
                   for layer, j, f, g in zip(PATCHES, (j3, j4), (f3, f4), (g3, g4))]
-        lines.append(f'| {title} | ' + ' | '.join([*(f'{share:.0f} %' for share in shares), f'{loss:,.0f}',
-                                                   *(f'{patch:,.0f}' for patch in patches), f'{gram:.1e}']) + ' |')
+        cells = [f'{share:.0f} %' for share in shares] + [f'{max(0, each):,.0f}' for each in (loss, *patches)]
+        lines.append(f'| {" | ".join([title, *cells, f"{gram:.1e}"])} |')
     return lines
 
 
