@@ -951,13 +951,13 @@ def memory_needed(size, style_size, options):
         return sum(4 * WIDTHS[int(name[0]) - 1] / 4 ** (int(name[0]) - 1) for name in names)
     names, style = layer_names('vgg19'), features(options.style_layers)
     network = features(names[:max(map(names.index, options.style_layers + options.content_layers)) + 1])
-    return 440e6 + (500 + 1.4 * network + 3 * style) * math.prod(size) + (250 + 4 * style) * math.prod(style_size)
+    return 390e6 + (400 + 1.25 * network + 3 * style) * math.prod(size) + (150 + 3.5 * style) * math.prod(style_size)
 
 
 def check_memory(size, style_size, options):
     """Refuse a run that would not fit, with the size that would."""
     def sizes(longest):
-        shrunk = [[int(side * min(1, longest / max(size))) for side in size] for size in (size, style_size)]
+        shrunk = [[math.ceil(side * min(1, longest / max(size))) for side in size] for size in (size, style_size)]
         return (shrunk[0], style_size) if options.output_size else shrunk
     limit, needed = memory_limit(), memory_needed(size, style_size, options)
     if needed <= limit:

@@ -111,8 +111,9 @@ def main():
         pictures = [np.asarray(Image.open(Path(folder) / 'o.png'), float) for folder in (killed, whole)]
     loss, best = result.log[-1][2], reference.log[-1][2]
     print(f'{len(result.lost)} kills: at most {max(result.lost)} evaluations lost at once, {sum(result.lost)} in all; '
-          f'{result.left} temporary files left.\nLoss {loss:.6g}, without kills {best:.6g}: '
-          f'{100 * (loss / best - 1):+.2f} %; the pictures differ by {np.abs(np.subtract(*pictures)).mean():.2f} of 255.')
+          f'{result.left} temporary files left.')
+    print(f'Loss {loss:.6g}, without kills {best:.6g}: {100 * (loss / best - 1):+.2f} %; '
+          f'the pictures differ by {np.abs(np.subtract(*pictures)).mean():.2f} of 255.')
 
 
 if __name__ == '__main__':

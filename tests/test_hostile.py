@@ -149,6 +149,7 @@ def table():
 
 
 ENTRIES = list(table())
+IDS = [f'{role}-{kind!a:.40}' for role, kind, *_ in ENTRIES]
 
 
 # ---- the program, all that is expensive cut off ----------------------------------------------------------------------
@@ -211,7 +212,7 @@ def pictures(tmp_path):
     return paths
 
 
-@pytest.mark.parametrize('role, kind, make, refused', ENTRIES, ids=[f'{role}-{kind!a:.40}' for role, kind, *_ in ENTRIES])
+@pytest.mark.parametrize('role, kind, make, refused', ENTRIES, ids=IDS)
 def test_table(paint, pictures, tmp_path, role, kind, make, refused):
     path = pictures[role]
     path.unlink()
@@ -344,7 +345,8 @@ NUMBERS = ['phases', 'iterations', 'slices', 'max-size', 'save-every', 'print-ev
 ABSURD = ['--phases=40', '--style-layers=9_9', '--output-size=12', '--output-size=999999x999999', '--output-size=1x1',
           '--max-size=1', '--style-layers=3_1,', '--frames=', '--frames=style.png', '--frames=style.png/deep',
           '--log=style.png', '--log=.', '--log=output.png', '--seed=content', '--seed=', '--seed=nothing.png',
-          '--style=', '--content=nothing.png', '--content=.', '--nonsense=1', 'stray', '--phases', '--network=vgg19 ', '--resume=1',
+          '--style=', '--content=nothing.png', '--content=.', '--nonsense=1', 'stray', '--phases', '--network=vgg19 ',
+          '--resume=1',
           '--output=o.png.checkpoint.npz', '--style-weight=inf', '--variety=-0.1', '--semantic-weight=-inf',
           '--smoothness=1e999', '--content-weight=1_0_', '--weights=', '--device=cpu:0', '--output-size=99999x99999']
 
