@@ -546,6 +546,10 @@ def read_inputs(options):
     map_paths = {'style': map_path(options.style, extension), 'content': map_path(target, extension)}
     previews = map(preview_path, map_paths.values()) if options.auto_maps else ()
     check_written(options, [*paths.values(), *map_paths.values(), *previews, options.weights])
+    for flag, path in (('--frames', options.frames if options.save_every else None), ('--log', options.log)):
+        if path and mounts() is not None and not mount_of(path):
+            remarks.append(bold(f'WARNING: {flag} {path!r} is on no mounted folder, and is lost with the container. '
+                                f'FIX: -v "$PWD:/nd", or another {flag}.'))
 
     content = style = seed = content_map = style_map = None
     if options.content:
@@ -2731,6 +2735,7 @@ def run(arguments):
     """The program, from options to result; returns the exit code."""
     options = parse_options(arguments)
     os.environ.setdefault('OMP_NUM_THREADS', str(allowed_cores()))      # NumPy's BLAS reads it when it is imported
+    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')                 # a thread that waits leaves its core to others
     return_freed_memory()
     import_pillow()
     if options.auto_maps:

@@ -426,6 +426,14 @@ def test_the_folder_of_the_result_is_made(pictures):
     assert os.listdir('new/deep') == os.listdir('other') == []
 
 
+def test_frames_and_log_that_would_be_lost_with_a_container_are_told(pictures, monkeypatch):
+    options = doodle.parse_options(['--style=face_style.png', '--content=face_content.png', '--log=log'])
+    for mounted, lost in (({os.getcwd(): '/'}, []), ({'/elsewhere': '/'}, ['--frames', '--log']), (None, [])):
+        monkeypatch.setattr(doodle, 'mounts', lambda: mounted)
+        warnings = [line.split()[1] for line in doodle.read_inputs(options)[1] if 'lost with the container' in line]
+        assert warnings == lost
+
+
 # ---- the image that is painted ---------------------------------------------------------------------------------------
 
 def first_image(*arguments, size=(12, 8), random_seed=1):
