@@ -2335,7 +2335,7 @@ class Objective:
     def matching_seconds(self):
         """Time that the engine spent in matching so far."""
         return self.fast and sum(seconds for node, seconds in self.matching.profile.apply_time.items()
-                   if isinstance(node.op, Matching))
+                                 if isinstance(node.op, Matching))
 
 
 # ---- optimisation ----------------------------------------------------------------------------------------------------
