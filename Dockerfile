@@ -72,6 +72,8 @@ RUN warm() { /opt/doodle/start --output=/tmp/warm.png --max-size=96 --phases=1 -
  && { faces --network=vgg19 || echo "*** VGG19 could not be fetched: this image has the bundled VGG16. ***"; } \
  && faces --variety=0.1 --cache=1 \
  && faces --semantic-weight=0 \
+ && faces --method=gatys \
+ && faces --method=li-wand --scales=1 \
  && warm --style=samples/auvers.png --output=samples/my_village.png \
  && warm --style=samples/gravel.png \
  && rm samples/my_village.png /tmp/warm.png /opt/doodle/cache/true \
