@@ -2246,7 +2246,7 @@ class Objective:
             u = theano.gradient.disconnected_grad(u)
             scale = scaled and (patch_scale(u) if self.li_wand else T.ones_like(patch_scale(u)), self.scale[layer])
             matches[layer], history = (fast_match if fast else match)(
-                u, self.keys[layer], options.slices, self.numbers['variety'], self.history[layer], scale)
+                u, self.keys[layer], options.slices or 1, self.numbers['variety'], self.history[layer], scale)
             updates += [(self.matches[layer], matches[layer])]
             updates += [(self.history[layer], history)] if options.variety else []
         self.matching = self.compiled(x, f, matches, updates)
