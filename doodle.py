@@ -675,7 +675,7 @@ def check_written(options, read):
             raise UserError(f'{flag} {path!r} is one of the inputs and would overwrite it.', f'choose another {flag}')
         if os.path.isdir(path):
             raise UserError(f'{flag} {path!r} is a folder.', 'add a file name to it')
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(path)                                               # a name may be too long
         folders[flag] = os.path.dirname(path) or '.'
     if options.log and same_file(options.log, options.output):
