@@ -94,11 +94,13 @@ def whole(text, least=0):
     return int(text)
 
 
-def switch(text):
-    """0 or 1."""
-    if text not in ('0', '1'):
-        raise argparse.ArgumentTypeError(f'{text!r} is neither 0 nor 1')
-    return int(text)
+def one_of(*choices):
+    """The option type of a few words or numbers."""
+    def chosen(text):
+        if text not in map(str, choices):
+            raise argparse.ArgumentTypeError(f'{text!r} is none of {", ".join(map(str, choices))}')
+        return type(choices[0])(text)
+    return chosen
 
 
 def weight(text):
@@ -110,13 +112,6 @@ def weight(text):
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 on')
     return value
-
-
-def parts(text):
-    """0, or a whole number from 2 to 16."""
-    if text != '0' and not 2 <= whole(text) <= 16:
-        raise argparse.ArgumentTypeError(f'{text!r} is neither 0 nor a whole number from 2 to 16')
-    return int(text)
 
 
 def layers(text):
@@ -147,27 +142,6 @@ def colours(text):
     return low, high
 
 
-def network(text):
-    """``vgg19`` or ``vgg16``."""
-    if text not in ('vgg19', 'vgg16'):
-        raise argparse.ArgumentTypeError(f'{text!r} is neither vgg19 nor vgg16')
-    return text
-
-
-def method(text):
-    """A row of `METHODS`."""
-    if text not in METHODS:
-        raise argparse.ArgumentTypeError(f'{text!r} is none of {", ".join(METHODS)}')
-    return text
-
-
-def steps(text):
-    """0 to 12: twelve steps are 90 degrees, or a factor of 0.4."""
-    if whole(text) > 12:
-        raise argparse.ArgumentTypeError(f'{text!r} is more than 12 steps')
-    return int(text)
-
-
 def device(text):
     """``cpu``, ``gpuN``, or Theano's own ``cudaN`` and ``openclN:M``; ``gpuN`` means Theano's ``cudaN``."""
     if not re.fullmatch(r'cpu|(gpu|cuda)\d*|opencl\d+:\d+', text):
@@ -187,6 +161,9 @@ METHODS = {
     'gatys': dict(content_weight='10.0', style_weight='0.1', style_layers='1_1,2_1,3_1,4_1,5_1', smoothness='0.0',
                   semantic_weight=None, rotations=None, scales=None, variety=None, cache=None),
 }
+
+method, network, switch = one_of(*METHODS), one_of('vgg19', 'vgg16'), one_of(0, 1)
+parts, steps = one_of(0, *range(2, 17)), one_of(*range(13))           # 12 steps are 90 degrees, or a factor of 0.4
 
 OPTIONS = {
     'pictures': (
@@ -288,6 +265,11 @@ def parse_options(arguments):
     if not options.style:
         raise UserError('No style picture was given.', f'add --style PATH; to see one at work: {SAMPLE}')
     return options
+
+
+def copy_count(options):
+    """How many copies of the style picture are matched: turned and rescaled ones, and itself."""
+    return (1 + 2 * options.rotations) * (1 + 2 * options.scales)
 
 
 def one_line(error):
@@ -510,7 +492,7 @@ def pooled_map(channels, size, layer):
     (H', W', K) float32 array
     """
     scaled = resized(channels.astype(np.float32), size, Image.BOX)
-    k = 2 ** (int(layer[0]) - 1)
+    k = stride(layer)
     height, width = scaled.shape[0] // k, scaled.shape[1] // k
     return scaled[:height * k, :width * k].reshape(height, k, width, k, -1).mean(axis=(1, 3))
 
@@ -559,12 +541,13 @@ def read_inputs(options):
     remarks.append(f'Loading `{options.style}` for style data.')
 
     found = [name for name in ('content', 'style') if options.semantic_weight and os.path.exists(map_paths[name])]
-    if missing_maps(options):
+    unpainted = missing_maps(options)
+    if unpainted:
         found = []                                                      # they are painted later, and all is read again
     if len(found) == 1:
         missing = map_paths['style' if found == ['content'] else 'content']
-        raise UserError(f'{map_paths[found[0]]!r} is a map, but {missing!r} is not there.',
-                        'paint that map too, say --auto-maps=6, or leave maps unread with --semantic-weight=0')
+        raise UserError(f'{map_paths[found[0]]!r} is a map, but {missing!r} is not there.', 'paint that map too, ' +
+                        'say --auto-maps=6, ' * bool(options.content) + 'or leave maps unread with --semantic-weight=0')
     if found:
         if content is None:
             content_map = limited(read_picture(map_paths['content']), options.max_size, Image.NEAREST)
@@ -575,12 +558,14 @@ def read_inputs(options):
         remarks += legend({'content': content_map, 'style': style_map})
         (content_map, style_map), remark = map_channels([content_map, style_map])
         remarks += [remark] * bool(remark)
+    elif unpainted:
+        remarks += [f'`{path}` is not there: it will be painted.' for path in unpainted]
     elif options.method == 'champandard':
         remarks.append('No semantic maps: patches are matched by their features alone.')
     else:
         remarks.append(f'Method {options.method}, which reads no semantic maps.')
     if options.rotations or options.scales:
-        count = (1 + 2 * options.rotations) * (1 + 2 * options.scales)
+        count = copy_count(options)
         remarks.append(f'{count} copies of the style picture, so matching takes some {count} times as long; '
                        'fewer by --rotations and --scales.')
 
@@ -598,7 +583,7 @@ def read_inputs(options):
 
     # A layer whose patches are matched needs one of 3x3, any other one pixel, in the smallest phase.
     patched = [] if options.method == 'gatys' else options.style_layers
-    least, layer = max((2 ** (int(layer[0]) - 1) * (3 if layer in patched else 1), layer)
+    least, layer = max((stride(layer) * (3 if layer in patched else 1), layer)
                        for layer in options.style_layers + (options.content_layers if content is not None else []))
     for name, (width, height) in (('result', size), ('style picture', style.shape[1::-1])):
         if min(phase_size((width, height), 0, options.phases)) < least:
@@ -682,7 +667,8 @@ def check_written(options, read):
         raise UserError('--output and --log are the same file.', 'choose another --log')
     image_format(options.output)
     for flag, folder in folders.items():
-        check_folder(folder, flag, f'choose another {flag}')
+        if os.path.isdir(folder) or not options.check:                  # which leaves nothing behind
+            check_folder(folder, flag, f'choose another {flag}')
 
 
 def check_folder(folder, flag, fix):
@@ -722,6 +708,11 @@ PATIENCE = 10                                                         # seconds 
 
 # A pre-trained network: its kind, {'1_1': (W, b), ...} as cross-correlation on BGR, where it is from, its checksum.
 Weights = namedtuple('Weights', 'kind layers path sha256')
+
+
+def stride(layer):
+    """Pixels of the picture, along a side, for each of a layer's: 1, 2, 4, 8 or 16."""
+    return 2 ** (int(layer[0]) - 1)
 
 
 def layer_names(kind):
@@ -951,11 +942,12 @@ def memory_limit():
 
 def memory_needed(size, style_size, options):
     """Bytes at the peak of a run on the CPU, to some 10 %: measured, and linear in the pixels of both pictures."""
-    def features(names):                                                # bytes a pixel of the picture
-        return sum(4 * WIDTHS[int(name[0]) - 1] / 4 ** (int(name[0]) - 1) for name in names)
-    names, style = layer_names('vgg19'), features(options.style_layers)
-    network = features(names[:max(map(names.index, options.style_layers + options.content_layers)) + 1])
-    return 390e6 + (400 + 1.25 * network + 3 * style) * math.prod(size) + (150 + 3.5 * style) * math.prod(style_size)
+    def floats(names):                                                  # bytes a pixel of the picture
+        return sum(4 * WIDTHS[int(name[0]) - 1] / stride(name) ** 2 for name in names)
+    names, style = layer_names('vgg19'), floats(options.style_layers if options.method != 'gatys' else [])
+    network = floats(names[:max(map(names.index, options.style_layers + options.content_layers)) + 1])
+    return (390e6 + (400 + 1.25 * network + 3 * style) * math.prod(size) +
+            (150 + 3.5 * style * copy_count(options)) * math.prod(style_size))
 
 
 def check_memory(size, style_size, options):
@@ -1044,9 +1036,9 @@ def check_cuda(device):
         fix = 'install the driver, and see that nvidia-smi finds the card'
         raise UserError("Nvidia's driver (libcuda.so.1) is not there.",
                         fix if mounts() is None else 'start the container with --gpus all') from None
-    driver = divmod(integers(1, cuda.cuDriverGetVersion)[0] // 10, 100)                     # 12040 is CUDA 12.4
-    compiler = integers(2, ctypes.CDLL('libnvrtc.so').nvrtcVersion)
-    if driver < compiler:
+    version, compiler = integers(1, cuda.cuDriverGetVersion), integers(2, ctypes.CDLL('libnvrtc.so').nvrtcVersion)
+    driver = version and divmod(version[0] // 10, 100)                                      # 12040 is CUDA 12.4
+    if driver and compiler and driver < compiler:
         raise UserError("Nvidia's driver is too old: it is for CUDA {}.{}, and the compiler (nvrtc) for {}.{}.".format(
             *driver, *compiler), 'install a newer driver')
     card = None if cuda.cuInit(0) else integers(1, cuda.cuDeviceGet, int(device[4:] or 0))
@@ -1164,7 +1156,7 @@ def build_network(weights, names, fast=False):
     for name in order[:max(map(order.index, names)) + 1]:
         (W, b), pool = weights.layers[name], name.endswith('_1') and name != '1_1'
         if fast:
-            unused = theano.shared(np.float32(0).reshape(1, 1, 1, 1))
+            unused = theano.shared(np.zeros((1, 1, 1, 1), np.float32))
             how = dict(W=unused, b=None, nonlinearity=None, convolution=fast_convolution(W, b, pool))
         else:
             how = dict(W=np.ascontiguousarray(W), b=b, convolution=convolution)
@@ -1212,7 +1204,7 @@ def missing_maps(options):
         return {}
     if not options.content or not options.semantic_weight or not options.semantic_ext.lower().endswith('.png'):
         raise UserError('--auto-maps needs a content picture, maps that are read, and maps that end in .png.',
-                        'add --content, leave out --semantic-weight=0, or let --semantic-ext end in .png')
+                        'add --content, leave out --semantic-weight=0 or --method, or let --semantic-ext end in .png')
     pictures = {map_path(path, options.semantic_ext): path for path in (options.content, options.style)}
     if len(pictures) == 1:
         raise UserError(f'{options.content!r} and {options.style!r} would have one map.', 'rename one of them')
@@ -1403,10 +1395,11 @@ def painted_parts(segments, X, painted, k):
     own = np.unique(segments[k])
     cover = segment_means(segments[k] - own[0], np.eye(len(colours))[nearest])              # (n, K)
     classes = cover.argmax(axis=1)
-    classes[cover.argmax(axis=0)] = np.arange(len(colours))             # the smallest have an example, too
-    distances = [np.sort(distance.cdist(X, X[own][classes == c]), axis=1)[:, :3].mean(axis=1)
-                 for c in range(len(colours))]
-    return np.argmin(distances, axis=0), np.uint8(colours)
+    best, seen = cover.argmax(axis=0), cover.any(axis=0)                # the smallest have an example, too, where
+    classes[best[seen]] = np.flatnonzero(seen)                          # no other of them has the same
+    used = np.unique(classes)
+    distances = [np.sort(distance.cdist(X, X[own][classes == c]), axis=1)[:, :3].mean(axis=1) for c in used]
+    return used[np.argmin(distances, axis=0)], np.uint8(colours)
 
 
 def automatic_maps(pictures, maps, count, weights, fast):
@@ -1444,6 +1437,9 @@ def paint_maps(options, missing, weights, fast):
     pictures = [read_picture(path) for path in paths]
     maps = [None if target in missing else read_map(target, path, picture)
             for target, path, picture in zip(map_paths, paths, pictures)]
+    for target, colours in zip(map_paths, maps):
+        if colours is not None and not len(map_classes([colours])):
+            raise UserError(f'{target!r} has no colour that covers 0.1 % of it.', 'paint a few parts in flat colours')
     for target, picture, colours in zip(map_paths, pictures, automatic_maps(
             pictures, maps, options.auto_maps, weights, fast)):
         if target in missing:
@@ -1552,7 +1548,7 @@ def fitting_slices(image, style, layers, memory):
     """
     needed = [1]
     for layer in layers:
-        W, H, w, h = (side // 2 ** (int(layer[0]) - 1) for side in (*image, *style))
+        W, H, w, h = (side // stride(layer) for side in (*image, *style))
         # Three such arrays are alive: products, their sum, and one to spare. Two more rows of pixels than patches.
         row = 3 * 4 * H * W * w
         needed.append(min(h - 2, math.ceil((h - 2) / max(1, min(memory / 4, 1 << 32) // row - 2))))
@@ -2238,8 +2234,12 @@ class Objective:
         w = self.numbers['semantic_weight']
         f = features(build_network(weights, self.layers, fast), x, self.layers)
         self.features = theano.function([x], list(f.values()))
-        self.style_key = theano.function([g, n] if semantic else [g], matching_key(g, n, w))
-        self.style_scale, self.gram = theano.function([g], patch_scale(g)), theano.function([g], gram(g))
+        if self.gatys:
+            self.gram = theano.function([g], gram(g))
+        elif self.li_wand:
+            self.style_scale = theano.function([g], patch_scale(g))
+        else:
+            self.style_key = theano.function([g, n] if semantic else [g], matching_key(g, n, w))
         matches, updates = {}, []
         for layer in patched:
             u = f[layer] if self.li_wand else matching_key(f[layer], self.maps[layer], w)
@@ -2282,7 +2282,8 @@ class Objective:
         steps = self.options.rotations, self.options.scales
         pictures = style_copies(style, *steps, Image.BICUBIC)
         maps = [] if style_map is None else style_copies(np.moveaxis(style_map, 2, 0), *steps, Image.BILINEAR)
-        copies = [dict(zip(self.layers, self.features(picture))) for picture in pictures]
+        copies = [{name: g for name, g in zip(self.layers, self.features(picture)) if name in self.style}
+                  for picture in pictures]
         for layer in self.style_layers:
             g, whole = sheet([copy.pop(layer) for copy in copies])
             self.style[layer].set_value(self.gram(g) if self.gatys else g)
@@ -2425,7 +2426,7 @@ def plan(inputs, options):
     """The run that would be, in lines: phases, patches, memory, and the time on this CPU, by its speed in NumPy."""
     names, style_size, total, lines = layer_names('vgg19'), inputs.style.shape[1::-1], 0, []
     layers = options.style_layers + (options.content_layers if inputs.content is not None else [])
-    copies = 0 if options.method == 'gatys' else (1 + 2 * options.rotations) * (1 + 2 * options.scales)
+    copies = copy_count(options) if options.method != 'gatys' and options.style_weight else 0
     square = np.ones((2048, 2048), np.float32)
     square @ square                                                     # wakes the cores
     start = time.perf_counter()
@@ -2433,19 +2434,20 @@ def plan(inputs, options):
     rate = 2 * 2048 ** 3 / (time.perf_counter() - start)
     for phase in range(options.phases):
         size, other = (phase_size(whole, phase, options.phases) for whole in (inputs.size, style_size))
-        def pixels(size, name):
-            return math.prod(side // 2 ** (int(name[0]) - 1) for side in size)
+        def area(size, name):
+            return math.prod(side // stride(name) for side in size)
         flops, channels, patches = 0, 3, []
         for name in names[:max(map(names.index, layers)) + 1]:          # there and back
             channels, before = WIDTHS[int(name[0]) - 1], channels
-            flops += 4 * 9 * before * channels * pixels(size, name)
+            flops += 4 * 9 * before * channels * area(size, name)
         for name in options.style_layers if copies else ():
             # The engine's network reaches NumPy's rate, counted so, and its matching half of it.
-            flops += 2 * 2 * WIDTHS[int(name[0]) - 1] * pixels(size, name) * pixels(other, name) * copies
-            count = copies * math.prod(side // 2 ** (int(name[0]) - 1) - 2 for side in other)
+            matching = 2 * 2 * WIDTHS[int(name[0]) - 1] * area(size, name) * area(other, name) * copies
+            flops += matching / (options.iterations if options.cache else 1)
+            count = copies * math.prod(side // stride(name) - 2 for side in other)
             patches.append(f'{name} {count:,}')
         total += flops / rate * options.iterations
-        lines.append('Phase #{}: {}x{}, {} evaluations of about {:.2g} s{}'.format(
+        lines.append('Phase #{}: {}x{}, {} evaluations of about {:,.2f} s{}'.format(
             phase, *size, options.iterations, flops / rate, ', style patches ' + ', '.join(patches) if patches else ''))
     return lines + [f'On this CPU about {total / 60:.0f} minutes and '
                     f'{memory_needed(inputs.size, style_size, options) / 1e9:.1f} GB in all.']
@@ -2467,8 +2469,9 @@ def paint(objective, inputs, options, random_seed, journal):
     for phase in range(journal.phase, options.phases):
         size = phase_size(inputs.size, phase, options.phases)
         style = resized(inputs.style, phase_size(inputs.style.shape[1::-1], phase, options.phases), Image.LANCZOS)
-        content = None if inputs.content is None else planes(resized(inputs.content, size, Image.LANCZOS))
-        objective.set_phase(content, planes(style), inputs.content_map, inputs.style_map, size)
+        objective.set_phase(
+            None if inputs.content is None else planes(resized(inputs.content, size, Image.LANCZOS)),
+            planes(style), inputs.content_map, inputs.style_map, size)
         x = first_image(inputs, options, size, random_seed) if x is None else enlarged(x, size)
         journal.begin(phase, size, objective)
 
@@ -2531,7 +2534,7 @@ def claim_frames(folder):
 
 # Options that change nothing in the picture, or whose files are compared instead.
 FREE = {'style', 'content', 'output', 'copy', 'semantic_ext', 'random_seed', 'slices', 'device', 'network', 'weights',
-        'print_every', 'save_every', 'frames', 'log', 'resume', 'checkpoint', 'check', 'auto_maps'}
+        'print_every', 'save_every', 'frames', 'log', 'resume', 'checkpoint', 'check'}
 
 
 def explained(inputs, weights, options, random_seed):
@@ -2745,9 +2748,11 @@ def run(arguments):
     if options.check:
         for line in remarks + plan(inputs, options):
             say(f'  - {line}')
-        return 0
+    style_size = inputs.style.shape[1::-1]
     if options.device == 'cpu':
-        check_memory(inputs.size, inputs.style.shape[1::-1], options)
+        check_memory(inputs.size, style_size, options)
+    if options.check:
+        return 0
     weights, remark = find_weights(options)
     notes = [remark or f'Network {weights.kind} from `{weights.path}`.']
     random_seed, checkpoint = options.random_seed, None
@@ -2763,10 +2768,12 @@ def run(arguments):
     used, trouble = import_theano(options.device)
     if trouble:
         say(bold('WARNING: {} Computing on the CPU instead. FIX: {}.'.format(*trouble.args)))
+        check_memory(inputs.size, style_size, options)
     say(f'  - Using device {described(used)} for processing the images.')
     if used != 'cpu':                                                   # where the engine needs no slices
+        style_size = math.ceil(style_size[0] * (1 + 0.05 * options.scales)), style_size[1] * copy_count(options)
         options.slices = options.slices or fitting_slices(
-            inputs.size, inputs.style.shape[1::-1], options.style_layers, theano.gpuarray.get_context(None).free_gmem)
+            inputs.size, style_size, options.style_layers, theano.gpuarray.get_context(None).free_gmem)
     missing = missing_maps(options)
     if missing:
         paint_maps(options, missing, weights, used == 'cpu')
@@ -2787,18 +2794,12 @@ def run(arguments):
             journal.say(f'  - Going on from `{options.checkpoint}`, after {journal.number} evaluations.')
         paint(objective, inputs, options, random_seed, journal)
         journal.bar.close()
-        if not journal.saved:
-            raise UserError('The result could not be written anywhere.', 'make room, and --resume')
-        with contextlib.suppress(OSError):
-            os.unlink(options.checkpoint)
-        say(f'\n{bold("Optimization finished")} in {time.time() - start:.1f}s, average pixel error '
-            f'{journal.error:.1f}, on device `{used}`: {kept(options)}.')
     except Interrupted as interruption:
         journal.bar.close()
-        saved = 'there is nothing to save'
+        saved = 'there is nothing to save' if journal.image is None else 'the image so far could be written nowhere'
         if journal.save():
-            journal.write_checkpoint()
             saved = f'the image so far is in {kept(options)}; --resume goes on from there'
+        journal.write_checkpoint()
         say(f'\n{bold("Interrupted")} after {journal.number} evaluations on device `{used}`: {saved}.')
         return 128 + int(one_line(interruption))
     except FloatingPointError:
@@ -2807,9 +2808,16 @@ def run(arguments):
         raise UserError(f'The loss is no longer a number after {journal.number} evaluations; {saved}.',
                         'try smaller weights, or another --random-seed') from None
     except Exception:                                                   # there may be no more memory, for one
+        journal.bar.close()
         if journal.save():
             say(f'\nAfter {journal.number} evaluations the image so far is in {kept(options)}.')
         raise
+    if not journal.saved:
+        raise UserError('The result could not be written anywhere.', 'make room, and --resume')
+    with contextlib.suppress(OSError):
+        os.unlink(options.checkpoint)
+    say(f'\n{bold("Optimization finished")} in {time.time() - start:.1f}s, average pixel error {journal.error:.1f}, '
+        f'on device `{used}`: {kept(options)}.')
     return 0
 
 
@@ -2825,7 +2833,8 @@ def main(arguments):
     except UserError as error:
         problem, fix = error.args
     except OSError as error:
-        problem, fix = f'{error.filename or "A file"}: {error.strerror}.', 'check the disk and its permissions'
+        problem = f'{error.filename or "A file"}: {error.strerror or one_line(error)}.'
+        fix = 'check the disk and its permissions'
     except Exception as error:  # Theano's convolutions and libgpuarray have errors of their own for a lack of memory
         if not isinstance(error, MemoryError) and not re.search('out of memory|failed to alloc', str(error), re.I):
             raise

@@ -77,6 +77,16 @@ def test_colours_serve_as_they_are(doodle, count):
     assert doodle.map_channels(maps) == (maps, None)
 
 
+def test_small_parts_that_share_a_superpixel_do_not_wreck_a_map(doodle):
+    doodle.import_skimage()
+    red, blue, green = (255, 0, 0), (0, 0, 255), (0, 255, 0)
+    painted = np.kron(np.uint8([[red, red], [blue, green], [red, red], [red, red]]), np.ones((4, 8, 1), np.uint8))
+    cut = np.arange(4).repeat(4)[:, None].repeat(16, axis=1)            # a superpixel is four rows
+    parts, colours = doodle.painted_parts([cut, cut + 4], np.float64([0, 1, 0, 0] * 2)[:, None], painted, 0)
+    names = [tuple(colour) for colour in colours[parts]]
+    assert names[4] == names[6] == names[7] == red and names[5] in (blue, green)
+
+
 def copied(folder, *names):
     for name in names:
         shutil.copy(SAMPLES / name, folder)
@@ -84,6 +94,16 @@ def copied(folder, *names):
 
 SMALL = ('--style=astronaut.png', '--content=hopper.png', '--auto-maps=4', '--network=vgg16', '--phases=1',
          '--iterations=1', '--max-size=64', '--save-every=0')
+
+
+def test_a_map_without_parts_is_refused(doodle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copied(tmp_path, *FACES)
+    ramp = np.arange(480 * 384)[:, None] // [1, 256, 65536] % 256       # each pixel of a colour of its own
+    doodle.Image.fromarray(np.uint8(ramp.reshape(480, 384, 3))).save('hopper_sem.png')
+    options = doodle.parse_options(list(SMALL))
+    with pytest.raises(doodle.UserError, match='hopper_sem.png.* has no colour'):
+        doodle.paint_maps(options, doodle.missing_maps(options), None, True)
 
 
 def test_missing_maps_are_written_once(doodle, run, tmp_path, monkeypatch):
