@@ -144,7 +144,7 @@ def colours(text):
 
 def device(text):
     """``cpu``, ``gpuN``, or Theano's own ``cudaN`` and ``openclN:M``; ``gpuN`` means Theano's ``cudaN``."""
-    if not re.fullmatch(r'cpu|(gpu|cuda)\d*|opencl\d+:\d+', text):
+    if not re.fullmatch('cpu|(gpu|cuda)[0-9]*|opencl[0-9]+:[0-9]+', text):
         raise argparse.ArgumentTypeError(f'{text!r} is no device: cpu, gpu0, gpu1, .., cuda0, .., opencl0:0')
     return re.sub(r'^gpu', 'cuda', text)
 
@@ -2185,12 +2185,15 @@ def depth_first(graph):
     before = graph.orderings()                                          # who reads what a node overwrites
     while stack:
         node = stack[-1]
-        needed = [variable.owner for variable in node.inputs] + list(before.get(node, ())) if node else []
+        if node is None or node in done:
+            stack.pop()
+            continue
+        needed = [variable.owner for variable in node.inputs] + list(before.get(node, ()))
         needed = [other for other in needed if other and other not in done]
-        if node and node not in done and not needed:
+        if not needed:
             order.append(node)
             done.add(node)
-        stack = stack + needed[::-1] if needed and node not in done else stack[:-1]
+        stack += needed[::-1]
     return order
 
 
@@ -2724,14 +2727,11 @@ def progress_line(number, evaluation, error, seconds):
             f'   time {seconds:.1f}s')
 
 
-Interrupted = KeyboardInterrupt                                         # itself: Theano wraps all others in its words
-
-
 def interrupt(number, frame):
     """Signal handler: leave whatever runs, to save what there is, once."""
     for again in (signal.SIGINT, signal.SIGTERM):
         signal.signal(again, signal.SIG_IGN)
-    raise Interrupted(number)
+    raise KeyboardInterrupt(number)                                     # itself: Theano wraps all others in its words
 
 
 def run(arguments):
@@ -2790,12 +2790,11 @@ def run(arguments):
     journal = Journal(options, inputs.size, header, checkpoint)
     start = time.time()
     try:
-        if checkpoint:
-            journal.say(f'  - Going on from `{options.checkpoint}`, after {journal.number} evaluations.')
-        paint(objective, inputs, options, random_seed, journal)
-        journal.bar.close()
-    except Interrupted as interruption:
-        journal.bar.close()
+        with contextlib.closing(journal.bar):
+            if checkpoint:
+                journal.say(f'  - Going on from `{options.checkpoint}`, after {journal.number} evaluations.')
+            paint(objective, inputs, options, random_seed, journal)
+    except KeyboardInterrupt as interruption:
         saved = 'there is nothing to save' if journal.image is None else 'the image so far could be written nowhere'
         if journal.save():
             saved = f'the image so far is in {kept(options)}; --resume goes on from there'
@@ -2803,12 +2802,10 @@ def run(arguments):
         say(f'\n{bold("Interrupted")} after {journal.number} evaluations on device `{used}`: {saved}.')
         return 128 + int(one_line(interruption))
     except FloatingPointError:
-        journal.bar.close()
         saved = f'the last good image is in {kept(options)}' if journal.save() else 'nothing was saved'
         raise UserError(f'The loss is no longer a number after {journal.number} evaluations; {saved}.',
                         'try smaller weights, or another --random-seed') from None
     except Exception:                                                   # there may be no more memory, for one
-        journal.bar.close()
         if journal.save():
             say(f'\nAfter {journal.number} evaluations the image so far is in {kept(options)}.')
         raise
@@ -2839,7 +2836,7 @@ def main(arguments):
         if not isinstance(error, MemoryError) and not re.search('out of memory|failed to alloc', str(error), re.I):
             raise
         problem, fix = 'There is not enough memory.', 'a smaller --max-size; on a GPU also more --slices'
-    except Interrupted as interruption:
+    except KeyboardInterrupt as interruption:
         say(f'\n{bold("Interrupted")} before the first evaluation: there is nothing to save.')
         return 128 + int(one_line(interruption))
     print(f'ERROR: {problem}\n  FIX: {fix}.', file=sys.stderr)

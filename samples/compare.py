@@ -29,7 +29,7 @@ PATCHES, GRAMS, CONTENT = ['3_1', '4_1'], doodle.METHODS['gatys']['style_layers'
 
 def part_of(codes, shape, layer):
     """Colours (H', W') of a map where the centres of a layer's patches are, row by row; `shape` is the layer's."""
-    k = 2 ** (int(layer[0]) - 1)
+    k = doodle.stride(layer)
     return codes[k // 2::k, k // 2::k][1:shape[0] - 1, 1:shape[1] - 1].ravel()
 
 

@@ -87,7 +87,7 @@ class Torch:
         return self.torch.from_numpy(np.float32(x))[None]                       # (1, 3, H, W)
 
     def pooled(self, m, layer):
-        return self.torch.nn.functional.avg_pool2d(m, 2 ** (int(layer[0]) - 1))
+        return self.torch.nn.functional.avg_pool2d(m, doodle.stride(layer))
 
     def unfold(self, f):
         return self.torch.nn.functional.unfold(f, 3)[0].T.contiguous()          # (N, 9 C)
@@ -163,12 +163,12 @@ def gigaflops(weights, pair, layers):
     """Multiplications and additions of the direct forms, in 1e9: network there and back, search by pixel products."""
     (_, height, width), (_, rows, columns), channels, network = pair[0].shape, pair[1].shape, {}, 0
     for name, (W, _) in weights.layers.items():
-        k = 2 ** (int(name[0]) - 1)
+        k = doodle.stride(name)
         network += 2 * 2 * W.size * (height // k) * (width // k) / 1e9
         channels[name] = len(W)
         if name == '4_2':
             break
-    search = sum(2 * (channels[layer] + 3) * height * width * rows * columns / 2 ** (4 * (int(layer[0]) - 1)) / 1e9
+    search = sum(2 * (channels[layer] + 3) * height * width * rows * columns / doodle.stride(layer) ** 4 / 1e9
                  for layer in layers)
     return network, search
 

@@ -82,7 +82,7 @@ class Objective:
 
     def __call__(self, x):
         if len(self.asked) == self.fails_at:
-            raise self.doodle.Interrupted(2)
+            raise KeyboardInterrupt(2)
         self.asked.append(x.copy())
         difference = x - 200 * np.cos(np.arange(x.size)).reshape(x.shape)
         total, gradient = (self.pull * difference ** 2).sum(), 2 * self.pull * difference
@@ -106,7 +106,7 @@ def painted(doodle, tmp_path, monkeypatch):
         monkeypatch.setattr(journal, 'save', lambda **how: (seen.saved.append(np.shape(journal.image)), save(**how))[1])
         try:
             doodle.paint(objective, inputs, options, 5, journal)
-        except doodle.Interrupted:
+        except KeyboardInterrupt:
             journal.save()
         return seen
     return painted

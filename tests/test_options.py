@@ -38,7 +38,7 @@ BAD = {
     '--content-layers': LAYERS, '--style-layers': LAYERS,
     '--method': ['Gatys', 'li', ''], '--rotations': WHOLE + ['13'], '--scales': WHOLE + ['13'],
     '--network': ['vgg', 'VGG19', 'resnet', ''],
-    '--device': ['tpu', 'GPU0', 'gpu-1', 'cuda:0', 'gpu0,gpu1', 'opencl0', 'cpu0', ''],
+    '--device': ['tpu', 'GPU0', 'gpu-1', 'cuda:0', 'gpu0,gpu1', 'opencl0', 'cpu0', 'gpu٣', ''],
 }
 GOOD = [
     ('--output-size=640x480', (640, 480)), ('--auto-maps=2', 2), ('--auto-maps=16', 16),
