@@ -636,7 +636,7 @@ def place_output(options):
             options.copy = os.path.join(folders[0], os.path.basename(options.output))
             if not os.access(os.path.dirname(options.output) or '.', os.W_OK):
                 options.output, options.copy = options.copy, None
-    options.checkpoint = (options.copy or options.output) + '.checkpoint.npz'
+    options.checkpoint = (options.copy or options.output) + '.checkpoint'
 
 
 def kept(options):
@@ -1073,7 +1073,7 @@ def import_theano(device):
     trouble : UserError or None
         Why it is not the one asked for.
     """
-    global theano, T, lasagne, optimize, tqdm
+    global theano, T, lasagne, lbfgsb, tqdm
     check_compiler()
     user = dict(flag.split('=', 1) for flag in os.environ.get('THEANO_FLAGS', '').split(',') if '=' in flag)
     user = {key.strip(): value for key, value in user.items()}
@@ -1105,7 +1105,7 @@ def import_theano(device):
         import lasagne
         define_ops()
         keep_compiled_code()
-        from scipy import optimize
+        from scipy.optimize import _lbfgsb as lbfgsb
         from tqdm import tqdm
         if device == 'cpu':
             return device, None
@@ -2344,61 +2344,72 @@ class Objective:
 
 # ---- optimisation ----------------------------------------------------------------------------------------------------
 
-def minimise(evaluate, x, evaluations, accept):
-    """L-BFGS-B over the pixels within 0..255, for exactly so many evaluations [BLNZ95].
+class Minimiser:
+    """L-BFGS-B over the pixels within 0..255 [BLNZ95]; its attributes are all that it knows.
+
+    The routine is the one under `scipy.optimize.fmin_l_bfgs_b`, which keeps them to itself: with them a run goes on
+    from a checkpoint as if it had never ended.
 
     Parameters
     ----------
-    evaluate : callable
-        x -> (loss, gradient), arrays of the shape of `x`.
-    x : float array
-    evaluations : int
-    accept : callable
-        Is given each image that a line search accepted.
-
-    Returns
-    -------
-    float64 array
-        The last accepted image.
-
-    Raises
-    ------
-    FloatingPointError
-        The loss was no number, or a million times the first, and so again after a new start from the last accepted
-        image.
+    image : (3, H, W) array
+        Where to start; later the last image that a line search accepted.
     """
-    class Spent(Exception):
-        """There are no evaluations left."""
-    used, accepted, limit, failed = 0, np.float64(x), None, False
 
-    def counted(flat):
-        nonlocal used, limit
-        if used == evaluations:
-            raise Spent
-        used += 1
-        loss, gradient = evaluate(flat.reshape(x.shape))
-        limit = limit or 1e6 * max(1, loss)
-        if not loss <= limit:
-            raise FloatingPointError('the loss blew up')
-        return loss, gradient.ravel()
+    CORRECTIONS = 5
 
-    def took(flat):
-        nonlocal accepted
-        accepted = flat.reshape(x.shape).copy()
-        accept(accepted)
+    def __init__(self, image):
+        self.image, self.limit, self.failed = np.float64(image), math.inf, False
+        self.start()
 
-    while used < evaluations:                                          # a line search that found nothing starts afresh
-        try:
-            optimize.fmin_l_bfgs_b(counted, accepted.ravel(), bounds=[(0, 255)] * x.size, callback=took, m=5, factr=0,
-                                   pgtol=0, maxfun=1 << 30, maxiter=1 << 30)  # minimize() makes a tuple for each bound
-        except Spent:
-            pass
-        except FloatingPointError as error:
-            if failed:
-                raise
-            failed = True
-            say(bold(f'WARNING: {one_line(error)}: going on from the last good image.'))
-    return accepted
+    def start(self):
+        """Begin at the image, without memory."""
+        n, m = self.image.size, self.CORRECTIONS
+        self.x, self.loss, self.gradient = self.image.flatten(), 0., np.zeros(n)
+        self.work, self.indices = np.zeros((2 * m + 5) * n + (11 * m + 8) * m), np.zeros(3 * n, 'i4')
+        self.task, self.line_task, self.logicals, self.integers = (np.zeros(count, 'i4') for count in (2, 2, 4, 44))
+        self.doubles = np.zeros(29)
+
+    def run(self, evaluate, evaluations):
+        """Go on for exactly so many evaluations.
+
+        Parameters
+        ----------
+        evaluate : callable
+            x -> (loss, gradient), arrays of the shape of the image.
+        evaluations : int
+
+        Raises
+        ------
+        FloatingPointError
+            The loss was no number, or a million times the least, and so again after a new start from the last accepted
+            image.
+        """
+        n, shape, (NEW_X, EVALUATE) = self.x.size, self.image.shape, (1, 3)
+        bounds = np.zeros(n), np.full(n, 255.), np.full(n, 2, 'i4')     # 2: a pixel has both
+        while True:
+            if self.task[0] == EVALUATE and not evaluations:
+                return
+            if self.task[0] == EVALUATE:
+                evaluations -= 1
+                try:
+                    loss, gradient = evaluate(self.x.reshape(shape))
+                    if not loss <= self.limit:
+                        raise FloatingPointError('the loss blew up')
+                    self.loss, self.gradient = loss, gradient.ravel()
+                    self.limit = min(self.limit, 1e6 * max(1, loss))
+                except FloatingPointError as error:
+                    if self.failed:
+                        raise
+                    self.failed = True
+                    self.start()
+                    say(bold(f'WARNING: {one_line(error)}: going on from the last good image.'))
+            elif self.task[0] == NEW_X:
+                self.image = self.x.reshape(shape).copy()
+            elif self.task[0]:                                          # a line search found nothing
+                self.start()
+            lbfgsb.setulb(self.CORRECTIONS, self.x, *bounds, self.loss, self.gradient, 0., 0., self.work, self.indices,
+                          self.task, self.logicals, self.integers, self.doubles, 20, self.line_task)
 
 
 def planes(pixels):
@@ -2466,24 +2477,26 @@ def paint(objective, inputs, options, random_seed, journal):
     options : argparse.Namespace
     random_seed : int
     journal : Journal
-        Is told of every phase, evaluation and accepted image; knows where a checkpoint goes on.
+        Is told of every phase and evaluation; knows where a checkpoint goes on.
     """
-    x = journal.image
     for phase in range(journal.phase, options.phases):
         size = phase_size(inputs.size, phase, options.phases)
         style = resized(inputs.style, phase_size(inputs.style.shape[1::-1], phase, options.phases), Image.LANCZOS)
         objective.set_phase(
             None if inputs.content is None else planes(resized(inputs.content, size, Image.LANCZOS)),
             planes(style), inputs.content_map, inputs.style_map, size)
-        x = first_image(inputs, options, size, random_seed) if x is None else enlarged(x, size)
+        if not journal.arrays:                                          # else a checkpoint has it
+            journal.minimiser = Minimiser(first_image(inputs, options, size, random_seed) if journal.minimiser is None
+                                          else enlarged(journal.minimiser.image, size))
         journal.begin(phase, size, objective)
 
         def evaluate(x):
+            if journal.number % min(options.save_every or 10, 10) == 0:
+                journal.write_checkpoint()
             evaluation = objective(x)
             journal.record(x, evaluation)
             return evaluation.total, evaluation.gradient
-        x = minimise(evaluate, x, options.iterations - journal.evaluation, journal.accept)
-        journal.accept(x)
+        journal.minimiser.run(evaluate, options.iterations - journal.evaluation)
         journal.save(last=phase == options.phases - 1)
 
 
@@ -2498,15 +2511,15 @@ def written_whole(path):
     """A binary file that appears at `path` whole, at the end of the block, or not at all."""
     folder = os.path.dirname(path) or '.'
     os.makedirs(folder, exist_ok=True)                                  # it may have vanished since it was checked
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix='.doodle-')
+    temporary = tempfile.NamedTemporaryFile(dir=folder, prefix='.doodle-', delete=False)
     try:
-        with os.fdopen(handle, 'wb') as file:
+        with temporary as file:
             yield file
-        os.chmod(temporary, 0o666 & ~UMASK)                             # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
+        os.chmod(temporary.name, 0o666 & ~UMASK)                        # temporary files are for their owner alone
+        os.replace(temporary.name, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+            os.unlink(temporary.name)
         raise
 
 
@@ -2554,9 +2567,9 @@ def explained(inputs, weights, options, random_seed):
 def read_checkpoint(path, header):
     """What the run of this `header` left at `path`: its state, and arrays by name; UserError if another run did."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        state = json.loads(str(arrays.pop('state')))
+        with open(path, 'rb') as file:
+            state = json.loads(str(np.load(file)))
+            arrays = {name: np.load(file) for name in state['arrays']}
         then, now = state['header'], header
         seed = then['random_seed'] if now['random_seed'] is None else now['random_seed']
         pairs = {'--' + name.replace('_', '-'): (then['options'][name], value)
@@ -2598,10 +2611,13 @@ class Journal:
     """
 
     def __init__(self, options, size, header, checkpoint=None):
-        self.options, self.size, self.header, self.saved, self.told = options, size, header, False, set()
+        self.options, self.size, self.header, self.saved, self.told = options, size, header, None, set()
         self.state, self.arrays = checkpoint or ({}, {})
         self.number, self.phase = self.state.get('number', 0), self.state.get('phase', 0)
-        self.image, self.objective, self.frames = self.arrays.get('image'), None, None
+        self.objective, self.minimiser, self.frames = None, None, None
+        if self.arrays:
+            self.minimiser = Minimiser(self.arrays['image'])
+            vars(self.minimiser).update((name, self.arrays[name]) for name in vars(self.minimiser))
         if self.state and self.state['header']['options']['frames'] == options.frames:
             self.frames = self.state['frames']
         self.bar = tqdm(total=options.phases * options.iterations, initial=self.number,
@@ -2637,16 +2653,16 @@ class Journal:
                     self.unwritten = self.unwritten[self.log.write(self.unwritten):]
 
     def write_checkpoint(self):
-        """Write what `--resume` needs to go on from the last accepted image."""
-        if self.objective is None:                                      # nothing was done since an earlier one
+        """Write what `--resume` needs to go on."""
+        if self.objective is None or not self.number:                   # nothing was done since an earlier one
             return
+        arrays = vars(self.minimiser) | {name: variable.get_value()
+                                         for name, variable in remembered(self.objective).items()}
         state = dict(header=self.header, number=self.number, phase=self.phase, evaluation=self.evaluation,
-                     error=self.error, frames=self.frames)
-        arrays = {name: variable.get_value() for name, variable in remembered(self.objective).items()}
-        content = io.BytesIO()                                          # zipfile has words of its own for a full disk
-        np.savez(content, state=json.dumps(state), image=np.float32(self.image), **arrays)
+                     error=self.error, frames=self.frames, arrays=list(arrays))
         with self.spared(self.options.checkpoint), written_whole(self.options.checkpoint) as file:
-            file.write(content.getbuffer())
+            for array in (json.dumps(state), *arrays.values()):         # no .npz: zipfile has words of its own for a
+                np.save(file, array)                                    # full disk
 
     def say(self, text):
         """A line above the progress bar."""
@@ -2657,9 +2673,9 @@ class Journal:
         """A phase starts."""
         self.phase, self.objective = phase, objective
         self.error, self.evaluation = self.state.pop('error', 255.), self.state.pop('evaluation', 0)
-        for name, variable in remembered(objective).items() if self.evaluation else ():
-            variable.set_value(self.arrays[name])                       # of the checkpoint
-            objective.fresh = False
+        for name, variable in remembered(objective).items() if self.arrays else ():
+            variable.set_value(self.arrays[name])
+        objective.fresh, self.arrays = not self.evaluation, {}
         scale = 1 / 2 ** (self.options.phases - 1 - phase)
         self.say(f'\n{bold(f"Phase #{phase}")}: resolution {size[0]}x{size[1]}  scale {scale}')
         for layer in objective.style_layers:
@@ -2672,8 +2688,6 @@ class Journal:
 
     def record(self, x, evaluation):
         """An evaluation is done: its line, its frame, its entry in the log."""
-        if self.image is None:
-            self.image = x.copy()
         largest = float(np.abs(evaluation.gradient).max())
         self.error = 0.9 * self.error + 0.1 * min(largest, 255)
         every = self.options.print_every
@@ -2689,32 +2703,27 @@ class Journal:
             style=evaluation.style, smooth=evaluation.smooth, gradient_l2=float(np.linalg.norm(evaluation.gradient)),
             gradient_max=largest, seconds=evaluation.seconds, matching_seconds=evaluation.matching_seconds))
         self.number, self.evaluation = self.number + 1, self.evaluation + 1
-        if self.number % min(self.options.save_every or 10, 10) == 0:
-            self.write_checkpoint()
         self.bar.update()
-
-    def accept(self, x):
-        """An image better than the one before."""
-        self.image, self.saved = x, False
 
     def save(self, last=True):
         """Write the last accepted image as the result, the last time where it can be; False if there is none."""
-        if self.image is None or self.saved:
-            return self.saved
-        options, picture = self.options, pixels(self.image, self.size)
+        if not self.number or self.saved is self.minimiser.image:
+            return self.number > 0
+        options, picture, done = self.options, pixels(self.minimiser.image, self.size), False
         for path in filter(None, (options.output, options.copy)):
-            self.saved = False
+            done = False
             with self.spared(path):
                 write_picture(picture, path)
-                self.saved = True
-        for folder in (options.frames, '.', '~', tempfile.gettempdir(), '/dev/shm') if last and not self.saved else ():
+                done = True
+        for folder in (options.frames, '.', '~', tempfile.gettempdir(), '/dev/shm') if last and not done else ():
             name = f'doodle-{secrets.token_hex(4)}-{os.path.basename(options.output)}'
             path = os.path.join(os.path.expanduser(folder), name)
             with contextlib.suppress(OSError):
                 write_picture(picture, path)
-                options.output, options.copy, self.saved = path, None, True
+                options.output, options.copy, done = path, None, True
                 break
-        return self.saved
+        self.saved = self.minimiser.image if done else None
+        return done
 
 
 def progress_line(number, evaluation, error, seconds):
@@ -2795,7 +2804,7 @@ def run(arguments):
                 journal.say(f'  - Going on from `{options.checkpoint}`, after {journal.number} evaluations.')
             paint(objective, inputs, options, random_seed, journal)
     except KeyboardInterrupt as interruption:
-        saved = 'there is nothing to save' if journal.image is None else 'the image so far could be written nowhere'
+        saved = 'there is nothing to save' if not journal.number else 'the image so far could be written nowhere'
         if journal.save():
             saved = f'the image so far is in {kept(options)}; --resume goes on from there'
         journal.write_checkpoint()
@@ -2809,7 +2818,7 @@ def run(arguments):
         if journal.save():
             say(f'\nAfter {journal.number} evaluations the image so far is in {kept(options)}.')
         raise
-    if not journal.saved:
+    if journal.saved is None:
         raise UserError('The result could not be written anywhere.', 'make room, and --resume')
     with contextlib.suppress(OSError):
         os.unlink(options.checkpoint)

@@ -130,5 +130,5 @@ def test_a_whole_run_is_that_of_the_plain_formulas(doodle, evaluations, choices)
                 assert ours.style[layer] == pytest.approx(theirs.style[layer], rel=1e-5)
                 compared += 1
         return ours.total, ours.gradient
-    doodle.minimise(evaluate, content + np.random.default_rng(0).normal(size=content.shape), evaluations, lambda x: None)
+    doodle.Minimiser(content + np.random.default_rng(0).normal(size=content.shape)).run(evaluate, evaluations)
     assert compared > 1.5 * evaluations                                                     # of 2 layers each

@@ -347,7 +347,7 @@ ABSURD = ['--phases=40', '--style-layers=9_9', '--output-size=12', '--output-siz
           '--log=style.png', '--log=.', '--log=output.png', '--seed=content', '--seed=', '--seed=nothing.png',
           '--style=', '--content=nothing.png', '--content=.', '--nonsense=1', 'stray', '--phases', '--network=vgg19 ',
           '--resume=1',
-          '--output=o.png.checkpoint.npz', '--style-weight=inf', '--variety=-0.1', '--semantic-weight=-inf',
+          '--output=o.png.checkpoint', '--style-weight=inf', '--variety=-0.1', '--semantic-weight=-inf',
           '--smoothness=1e999', '--content-weight=1_0_', '--weights=', '--device=cpu:0', '--output-size=99999x99999']
 
 

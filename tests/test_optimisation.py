@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy import optimize
 
 from golden_data import FOLDER
 
@@ -35,37 +36,81 @@ def constant(asked):
     return evaluate
 
 
-# ---- minimise --------------------------------------------------------------------------------------------------------
+# ---- Minimiser -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('evaluations', [1, 2, 3, 10, 77])
 def test_the_loss_is_evaluated_exactly_as_often_as_asked(doodle, evaluations):
     smooth, misleading, asked = Quadratic(random()), Quadratic(random(), sign=-1), []
     for evaluate in (smooth, misleading, constant(asked)):
-        doodle.minimise(evaluate, random(seed=2), evaluations, lambda x: None)
+        doodle.Minimiser(random(seed=2)).run(evaluate, evaluations)
     assert len(smooth.asked) == len(misleading.asked) == len(asked) == evaluations
 
 
 def test_the_result_is_the_last_accepted_image(doodle):
-    start, loss, accepted = random(), Quadratic(random(seed=2)), []
-    before = start.copy()
-    result = doodle.minimise(loss, start, 12, accepted.append)
-    values = [loss(x)[0] for x in [start, *accepted]]
-    assert len(accepted) > 3 and (result == accepted[-1]).all() and (start == before).all()
+    start, loss, images = random(), Quadratic(random(seed=2)), []
+    before, minimiser = start.copy(), doodle.Minimiser(start)
+
+    def evaluate(x):
+        images.append(minimiser.image)
+        return loss(x)
+    minimiser.run(evaluate, 12)
+    images = list({id(image): image for image in [*images, minimiser.image]}.values())
+    values = [loss(x)[0] for x in images]
+    assert len(images) > 4 and (start == before).all() and (images[0] == start).all()
     assert all(later < earlier for earlier, later in zip(values, values[1:]))          # none is a view of another
-    assert all(any((x == asked).all() for asked in loss.asked[:12]) for x in accepted)
+    assert all(any((x == asked).all() for asked in loss.asked[:12]) for x in images)
 
 
 def test_where_no_step_is_better_the_start_stays(doodle):
-    result = doodle.minimise(Quadratic(random(), sign=-1), random(seed=2), 60, lambda x: None)
-    np.testing.assert_allclose(result, random(seed=2), atol=1e-9)
+    minimiser = doodle.Minimiser(random(seed=2))
+    minimiser.run(Quadratic(random(), sign=-1), 60)
+    np.testing.assert_allclose(minimiser.image, random(seed=2), atol=1e-9)
 
 
 def test_the_minimum_is_found_within_0_and_255(doodle):
     target = random(-100, 355)
-    loss = Quadratic(target)
-    result = doodle.minimise(loss, random(), 100, lambda x: None)
-    np.testing.assert_allclose(result, target.clip(0, 255), atol=1e-3)
+    loss, minimiser = Quadratic(target), doodle.Minimiser(random())
+    minimiser.run(loss, 100)
+    np.testing.assert_allclose(minimiser.image, target.clip(0, 255), atol=1e-3)
     assert np.min(loss.asked) == 0 and np.max(loss.asked) == 255
+
+
+def rosenbrock(x):
+    """A valley with a bend in it, whose minimum takes many line searches."""
+    y = (x.ravel() - 100) / 50
+    loss, gradient = optimize.rosen(y), optimize.rosen_der(y) / 50
+    return loss, gradient.reshape(x.shape)
+
+
+def test_it_asks_for_what_scipy_asks_for(doodle):
+    ours, scipys = [], []
+    doodle.Minimiser(random()).run(lambda x: (ours.append(x.copy()), rosenbrock(x))[1], 150)
+
+    def evaluate(x):
+        scipys.append(x.reshape(SHAPE).copy())
+        loss, gradient = rosenbrock(scipys[-1])
+        return loss, gradient.ravel()
+    optimize.fmin_l_bfgs_b(evaluate, random().ravel(), bounds=[(0, 255)] * random().size, m=5, factr=0, pgtol=0,
+                           maxfun=150, maxiter=150)
+    assert len(scipys) >= 100 and all((a == b).all() for a, b in zip(ours, scipys))
+
+
+@pytest.mark.parametrize('at', [0, 1, 2, 13, 30, 59])
+def test_its_attributes_are_all_that_it_knows(doodle, at):
+    whole, asked, first = [], [], doodle.Minimiser(random())
+    doodle.Minimiser(random()).run(lambda x: (whole.append(x.copy()), rosenbrock(x))[1], 60)
+
+    def evaluate(x):
+        if len(asked) == at:
+            raise KeyboardInterrupt
+        asked.append(x.copy())
+        return rosenbrock(x)
+    with pytest.raises(KeyboardInterrupt):
+        first.run(evaluate, 60)
+    second = doodle.Minimiser(first.image)
+    vars(second).update((name, np.copy(value)) for name, value in vars(first).items())
+    second.run(lambda x: (asked.append(x.copy()), rosenbrock(x))[1], 60 - at)
+    assert len(asked) == 60 and all((a == b).all() for a, b in zip(asked, whole))
 
 
 # ---- paint -----------------------------------------------------------------------------------------------------------
@@ -91,7 +136,7 @@ class Objective:
 
 @pytest.fixture
 def painted(doodle, tmp_path, monkeypatch):
-    """Paint with an objective; returns the journal, the images it was told to accept and the sizes of those it saved."""
+    """Paint with an objective; returns the journal and the sizes of the images it saved."""
     monkeypatch.chdir(tmp_path)
 
     def painted(objective, *arguments):
@@ -100,10 +145,9 @@ def painted(doodle, tmp_path, monkeypatch):
             '--save-every=0', '--print-every=0', *arguments])
         inputs, _ = doodle.read_inputs(options)
         journal = doodle.Journal(options, inputs.size, {})
-        seen = SimpleNamespace(journal=journal, accepted=[], saved=[], inputs=inputs)
-        accept, save = journal.accept, journal.save
-        monkeypatch.setattr(journal, 'accept', lambda x: (seen.accepted.append(x.copy()), accept(x)))
-        monkeypatch.setattr(journal, 'save', lambda **how: (seen.saved.append(np.shape(journal.image)), save(**how))[1])
+        seen, save = SimpleNamespace(journal=journal, saved=[], inputs=inputs), journal.save
+        monkeypatch.setattr(journal, 'save', lambda **how: (
+            seen.saved.append(np.shape(journal.minimiser.image)), save(**how))[1])
         try:
             doodle.paint(objective, inputs, options, 5, journal)
         except KeyboardInterrupt:
@@ -139,7 +183,7 @@ def test_the_result_is_written_after_every_phase_at_full_size(doodle, painted):
     seen = painted(Objective(doodle, pull=.5), '--phases=3', '--iterations=5')
     assert seen.saved == [(3, 28, 24), (3, 56, 48), (3, 112, 96)]
     written = doodle.read_picture('out.png')
-    assert (written == doodle.pixels(seen.accepted[-1], (96, 112))).all()
+    assert (written == doodle.pixels(seen.journal.minimiser.image, (96, 112))).all()
 
 
 @pytest.mark.parametrize('evaluations', [5, 6, 7, 15, 20])
@@ -147,7 +191,7 @@ def test_an_interruption_leaves_the_last_accepted_image(doodle, painted, evaluat
     objective = Objective(doodle, pull=.5, fails_at=evaluations)
     seen = painted(objective, '--phases=2', '--iterations=12')
     written = doodle.read_picture('out.png')
-    assert (written == doodle.pixels(seen.accepted[-1], (96, 112))).all()
+    assert (written == doodle.pixels(seen.journal.minimiser.image, (96, 112))).all()
     assert (written != doodle.pixels(objective.asked[0], (96, 112))).any()
     if evaluations > 13:
         assert (written != doodle.pixels(objective.asked[12], (96, 112))).any()
