@@ -76,7 +76,7 @@ RUN warm() { /opt/doodle/start --output=/tmp/warm.png --max-size=96 --phases=1 -
  && faces --method=li-wand --scales=1 \
  && warm --style=samples/auvers.png --output=samples/my_village.png \
  && warm --style=samples/gravel.png \
- && rm samples/my_village.png /tmp/warm.png /opt/doodle/cache/true \
+ && rm samples/my_village.png /tmp/warm.png /opt/doodle/cache/true /opt/doodle/cache/theano/headers.h* \
  && chmod -R a+rwX /opt/doodle/cache && chmod 1777 samples
 
 # ---- gpu: needs the NVIDIA container toolkit and `--gpus all`; falls back to the CPU

@@ -1016,6 +1016,25 @@ def keep_compiled_code():
     theano.gof.op.COp.c_code_cache_version = version
 
 
+def compile_quickly():
+    """Let g++ read the headers of Theano's C++ but once, since they take most of its time, and leave debug symbols out."""
+    compiler, header = theano.gof.cmodule.GCC_compiler, os.path.join(theano.config.compiledir, 'headers.h')
+    compile_str = compiler.compile_str
+
+    def compiled(*arguments, preargs, **named):
+        if not os.path.exists(header):
+            with written_whole(header) as file:
+                file.write(b'#include <Python.h>\n#include <iostream>\n#include <vector>\n#include <algorithm>\n'
+                           b'#include "theano_mod_helper.h"\n#include <math.h>\n#include <numpy/arrayobject.h>\n'
+                           b'#include <numpy/arrayscalars.h>\n')
+            with written_whole(header + '.gch') as file:                # which g++ passes over where it does not fit
+                flags = '-shared', '-g0', '-O3', '-fno-math-errno', '-fvisibility=hidden', *compiler.compile_args()
+                folders = ('-I' + folder for folder in theano.gof.cmodule.std_include_dirs())
+                subprocess.run([theano.config.cxx, *flags, *folders, '-x', 'c++-header', header, '-o', file.name])
+        return compile_str(*arguments, preargs=[*preargs, '-g0', '-include', header], **named)
+    compiler.compile_str = staticmethod(compiled)
+
+
 def integers(count, function, *arguments):
     """The integers that a C function of CUDA's writes, or None where it fails."""
     numbers = [ctypes.c_int() for _ in range(count)]
@@ -1105,6 +1124,7 @@ def import_theano(device):
         import lasagne
         define_ops()
         keep_compiled_code()
+        compile_quickly()
         from scipy.optimize import _lbfgsb as lbfgsb
         from tqdm import tqdm
         if device == 'cpu':
@@ -1777,7 +1797,7 @@ static bool guarded(F f) {
 '''
 
 CONVOLUTION = r'''
-struct Picture { const float *data, *mask; long H, W, C, pool; };     /* pool: the width before averaging, or 0 */
+struct Picture { const float *data, *mask; long H, W, C, width; };    /* width: W before it is averaged */
 
 /* B^T d and A^T m of [LG15], on one column or row, whose elements are s apart */
 static inline void spread(vec *d, int s) {
@@ -1796,11 +1816,11 @@ static inline void gather(vec *m, int s) {
 template <bool MASK, bool POOL>
 static void tile_in(const Picture &in, long y, long x, const float *zeros, float *V, long ldV) {
     const float *data[36], *mask[36];
-    long right = in.C, down = in.pool * in.C;
+    long right = in.C, down = in.width * in.C;
     for (int i = 0; i < 36; i++) {
         long v = y + i / 6 - 1, u = x + i % 6 - 1;
         bool inside = v >= 0 && u >= 0 && v < in.H && u < in.W;
-        data[i] = inside ? in.data + (POOL ? 2 * (v * in.pool + u) : v * in.W + u) * in.C : zeros;
+        data[i] = inside ? in.data + (POOL ? 2 * (v * in.width + u) : v * in.W + u) * in.C : zeros;
         mask[i] = inside ? in.mask + (v * in.W + u) * in.C : zeros;
     }
     for (long c = 0; c < in.C; c += LANES) {
@@ -1861,23 +1881,24 @@ static void tile_out(const float *M, long ldM, const float *bias, long y, long x
 
 /* out (H, W, K) = the picture's convolution, a block of tiles at a time: few stay in cache, many pay for filters that
    do not */
+template <bool MASK, bool POOL>
 static void convolve(const Picture &in, const float *U, const float *bias, float *out, long K, long turn) {
     long across = (in.W + 3) / 4, tiles = across * ((in.H + 3) / 4), threads = omp_get_max_threads();
     if (!tiles) return;
-    long C = padded(in.C), N = padded(K), zeros = padded((in.pool + 2) * in.C + LANES);
+    long C = padded(in.C), N = padded(K), zeros = padded((POOL ? in.width + 2 : 1) * in.C + LANES);
     long most = (C * N > 1 << 16 ? 96 : 24) * threads, blocks = (tiles + most - 1) / most * threads;
     long block = (tiles + blocks - 1) / blocks;
     long ldV = block * C + 16, ldM = block * N + 16;                  /* 16 more, lest all fall into one cache set */
     float *none = workspace(zeros + N + threads * 36 * (ldV + ldM)), *b = none + zeros, *space = b + N;
     std::fill(none, space, 0.f);
     if (bias) std::copy(bias, bias + K, b);
-    auto tile = in.mask ? tile_in<true, false> : in.pool ? tile_in<false, true> : tile_in<false, false>;
     #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long first = 0; first < tiles; first += block) {
         if (leave()) continue;
         long last = std::min(first + block, tiles);
         float *V = space + omp_get_thread_num() * 36 * (ldV + ldM), *M = V + 36 * ldV;
-        for (long t = first; t < last; t++) tile(in, t / across * 4, t % across * 4, none, V + (t - first) * C, ldV);
+        for (long t = first; t < last; t++)
+            tile_in<MASK, POOL>(in, t / across * 4, t % across * 4, none, V + (t - first) * C, ldV);
         for (int i = 0; i < 36; i++) product(last - first, N, in.C, V + i * ldV, C, U + i * in.C * N, M + i * ldM, N);
         for (long t = first; t < last; t++)
             tile_out(M + (t - first) * N, ldM, bias ? b : NULL, t / across * 4, t % across * 4, in.H, in.W, K, turn,
@@ -1886,29 +1907,30 @@ static void convolve(const Picture &in, const float *U, const float *bias, float
 }
 
 /* forward: the rectified convolution of x */
-static void forward(PyArrayObject *input, PyArrayObject *filters, PyArrayObject *biases, bool pool,
-                    PyArrayObject **out) {
+template <bool POOL>
+static void forward(PyArrayObject *input, PyArrayObject *filters, PyArrayObject *biases, PyArrayObject **out) {
     Array x(input), U(filters), b(biases);
-    npy_intp shape[] = {x.size(0) >> pool, x.size(1) >> pool, b.size(0)};
+    npy_intp shape[] = {x.size(0) >> POOL, x.size(1) >> POOL, b.size(0)};
     if (U.size(0) != 36 || U.size(1) != x.size(2) * padded(shape[2]))
         throw std::invalid_argument("Convolution: the filters do not fit the picture or the bias");
     float *y = (float *)allocate(out, 3, shape, NPY_FLOAT32);
-    convolve({x, NULL, shape[0], shape[1], x.size(2), pool ? x.size(1) : 0}, U, b, y, shape[2], 0);
+    convolve<false, POOL>({x, NULL, shape[0], shape[1], x.size(2), x.size(1)}, U, b, y, shape[2], 0);
 }
 
 /* backward: the gradient with respect to x, from that with respect to y */
+template <bool POOL>
 static void backward(PyArrayObject *gradient, PyArrayObject *output, PyArrayObject *filters, PyArrayObject *input,
-                     bool pool, PyArrayObject **out) {
+                     PyArrayObject **out) {
     Array dy(gradient), y(output), U(filters);
     npy_intp *shape = PyArray_DIMS(input), H = shape[0], W = shape[1], C = shape[2];
-    if (!PyArray_CompareLists(PyArray_DIMS(dy.array), PyArray_DIMS(y.array), 3) || y.size(0) != H >> pool ||
-        y.size(1) != W >> pool || U.size(0) != 36 || U.size(1) != y.size(2) * padded(C))
+    if (!PyArray_CompareLists(PyArray_DIMS(dy.array), PyArray_DIMS(y.array), 3) || y.size(0) != H >> POOL ||
+        y.size(1) != W >> POOL || U.size(0) != 36 || U.size(1) != y.size(2) * padded(C))
         throw std::invalid_argument("Convolution: the gradient does not fit the picture or the filters");
     float *dx = (float *)allocate(out, 3, shape, NPY_FLOAT32);
-    for (long r = 0; pool && r < H; r++)                              /* a row and a column that no average saw */
+    for (long r = 0; POOL && r < H; r++)                              /* a row and a column that no average saw */
         if (H % 2 && r == H - 1) std::fill(dx + r * W * C, dx + (r + 1) * W * C, 0.f);
         else if (W % 2) std::fill(dx + ((r + 1) * W - 1) * C, dx + (r + 1) * W * C, 0.f);
-    convolve({dy, y, y.size(0), y.size(1), y.size(2), 0}, U, NULL, dx, C, pool ? W : 0);
+    convolve<true, false>({dy, y, y.size(0), y.size(1), y.size(2), 0}, U, NULL, dx, C, POOL ? W : 0);
 }
 '''
 
@@ -2112,10 +2134,8 @@ def define_ops():
             return [dx] + [theano.gradient.DisconnectedType()() for _ in inputs[1:]]
 
         def c_code(self, node, name, inputs, outputs, sub):
-            pool = 'true' if self.pool else 'false'
-            if self.backward:
-                return self.call('backward', [*inputs, pool, f'&{outputs[0]}'], sub)
-            return self.call('forward', [*inputs[:3], pool, f'&{outputs[0]}'], sub)
+            function, inputs = ('backward', inputs) if self.backward else ('forward', inputs[:3])
+            return self.call(f'{function}<{int(self.pool)}>', [*inputs, f'&{outputs[0]}'], sub)
 
     class Matching(Compiled):
         """For every 3x3 patch i of u (H, W, D) the patch j of v (h, w, D) with the largest score, the first of equals.

@@ -226,6 +226,17 @@ def test_theano_takes_the_flags():
     assert config == "('cpu', None)\nfast_compile float32 cpu True\n"
 
 
+def test_the_headers_are_read_once(tmp_path):
+    python('import doodle, os\n'
+           'doodle.import_pillow()\n'
+           'doodle.import_theano("cpu")\n'
+           'from doodle import T, theano\n'
+           'x = T.fvector()\n'
+           'theano.function([x], x + 1)\n'
+           'open(os.path.join(theano.config.compiledir, "headers.h"), "w").write("#error")\n'
+           'theano.function([x], x * x - 3)', THEANO_FLAGS=f'base_compiledir={tmp_path}')
+
+
 def test_a_home_that_cannot_be_written_moves_the_compile_cache(tmp_path):
     flags = theano_flags(HOME=str(tmp_path / 'none'), TMPDIR=str(tmp_path), THEANO_FLAGS='')
     assert flags['base_compiledir'].startswith(str(tmp_path))
