@@ -503,6 +503,27 @@ def phase_size(size, phase, phases):
     return int(size[0] * scale), int(size[1] * scale)
 
 
+def read_maps(options, content, style):
+    """The maps of both pictures, (H, W, K) uint8 arrays, or None where none are wanted; and remarks."""
+    if options.method != 'champandard':
+        return None, None, [f'Method {options.method}, which reads no semantic maps.']
+    pictures = {'content': (options.content, content), 'style': (options.style, style)}
+    paths = {'content': map_path(options.content or options.output, options.semantic_ext),
+             'style': map_path(options.style, options.semantic_ext)}
+    found = [name for name in paths if options.semantic_weight and os.path.exists(paths[name])]
+    if not found:
+        return None, None, ['No semantic maps: patches are matched by their features alone.']
+    if len(found) == 1:
+        missing = paths['style' if found == ['content'] else 'content']
+        raise UserError(f'{paths[found[0]]!r} is a map, but {missing!r} is not there.', 'paint that map too, ' +
+                        'say --auto-maps=6, ' * bool(options.content) + 'or leave maps unread with --semantic-weight=0')
+    maps = {name: limited(read_picture(paths[name]), options.max_size, Image.NEAREST) if picture is None else
+            read_map(paths[name], path, picture) for name, (path, picture) in pictures.items()}
+    remarks = [f'Adding `{path}` as semantic map.' for path in paths.values()] + legend(maps)
+    (content_map, style_map), remark = map_channels([maps['content'], maps['style']])
+    return content_map, style_map, remarks + [remark] * bool(remark)
+
+
 def read_inputs(options):
     """Read and check all that a run needs, before anything slow begins.
 
@@ -521,13 +542,10 @@ def read_inputs(options):
     UserError
         Whatever is missing, broken, or does not fit together.
     """
-    extension, remarks = options.semantic_ext, []
-    paths = {'style': options.style, 'content': options.content,
-             'seed': None if options.seed in ('noise', 'content') else options.seed}
-    target = options.content or options.output
-    map_paths = {'style': map_path(options.style, extension), 'content': map_path(target, extension)}
-    previews = map(preview_path, map_paths.values()) if options.auto_maps else ()
-    check_written(options, [*paths.values(), *map_paths.values(), *previews, options.weights])
+    remarks, painted = [], None if options.seed in ('noise', 'content') else options.seed
+    maps = [map_path(path, options.semantic_ext) for path in (options.content or options.output, options.style)]
+    previews = map(preview_path, maps) if options.auto_maps else ()
+    check_written(options, [options.content, options.style, painted, *maps, *previews, options.weights])
     for flag, path in (('--frames', options.frames if options.save_every else None), ('--log', options.log)):
         if path and mounts() is not None and not mount_of(path):
             remarks.append(bold(f'WARNING: {flag} {path!r} is on no mounted folder, and is lost with the container. '
@@ -540,30 +558,12 @@ def read_inputs(options):
     style = limited(read_picture(options.style), options.max_size, Image.LANCZOS)
     remarks.append(f'Loading `{options.style}` for style data.')
 
-    found = [name for name in ('content', 'style') if options.semantic_weight and os.path.exists(map_paths[name])]
     unpainted = missing_maps(options)
     if unpainted:
-        found = []                                                      # they are painted later, and all is read again
-    if len(found) == 1:
-        missing = map_paths['style' if found == ['content'] else 'content']
-        raise UserError(f'{map_paths[found[0]]!r} is a map, but {missing!r} is not there.', 'paint that map too, ' +
-                        'say --auto-maps=6, ' * bool(options.content) + 'or leave maps unread with --semantic-weight=0')
-    if found:
-        if content is None:
-            content_map = limited(read_picture(map_paths['content']), options.max_size, Image.NEAREST)
-        else:
-            content_map = read_map(map_paths['content'], options.content, content)
-        style_map = read_map(map_paths['style'], options.style, style)
-        remarks += [f'Adding `{map_paths[name]}` as semantic map.' for name in found]
-        remarks += legend({'content': content_map, 'style': style_map})
-        (content_map, style_map), remark = map_channels([content_map, style_map])
-        remarks += [remark] * bool(remark)
-    elif unpainted:
         remarks += [f'`{path}` is not there: it will be painted.' for path in unpainted]
-    elif options.method == 'champandard':
-        remarks.append('No semantic maps: patches are matched by their features alone.')
     else:
-        remarks.append(f'Method {options.method}, which reads no semantic maps.')
+        content_map, style_map, lines = read_maps(options, content, style)
+        remarks += lines
     if options.rotations or options.scales:
         count = copy_count(options)
         remarks.append(f'{count} copies of the style picture, so matching takes some {count} times as long; '
@@ -575,8 +575,8 @@ def read_inputs(options):
                         'leave --output-size out')
     if options.seed == 'content' and content is None:
         raise UserError('--seed=content needs a content picture.', 'add --content, or use --seed=noise')
-    if paths['seed']:
-        seed = read_picture(options.seed)
+    if painted:
+        seed = read_picture(painted)
     if content is None:
         remarks.append('No content picture: the result depends on style, map and seed only.')
     size = options.output_size or (style if shape is None else shape).shape[1::-1]
@@ -715,6 +715,11 @@ def stride(layer):
     return 2 ** (int(layer[0]) - 1)
 
 
+def filters(layer):
+    """How many filters a layer has, and so channels its features."""
+    return WIDTHS[int(layer[0]) - 1]
+
+
 def layer_names(kind):
     """``'1_1', '1_2', '2_1', ...`` of ``'vgg19'`` or ``'vgg16'``."""
     return [f'{block}_{k}' for block, count in enumerate(BLOCKS[kind], 1) for k in range(1, count + 1)]
@@ -796,14 +801,14 @@ def read_weights(path):
         raise UserError(f'{path!r} cannot be read as weights: {one_line(error)}.', fix) from None
 
     kind = 'vgg19' if '3_4' in layers else 'vgg16'
-    names, channels = layer_names(kind), 3
+    names, before = layer_names(kind), 3
     names = names[:max([names.index(name) + 1 for name in layers if name in names], default=1)]
     for name in names:
-        shapes = [(width := WIDTHS[int(name[0]) - 1], channels, 3, 3), (width,)]
+        shapes = [(filters(name), before, 3, 3), (filters(name),)]
         if name not in layers or [array.shape for array in layers[name]] != shapes:
             found = [array.shape for array in layers[name]] if name in layers else 'nothing'
             raise UserError(f'{path!r}: conv{name} should have arrays of {shapes}, but there is {found}.', fix)
-        channels = width
+        before = filters(name)
 
     remark = f'{path!r} is not a known VGG network: its colours and filters are taken as they lie.'
     first = layers['1_1'][0]
@@ -913,37 +918,38 @@ def find_weights(options):
 
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
-def allowed_cores():
-    """How many cores this process may use: those of its CPU set, or fewer by the quota of its cgroup (v2 or v1)."""
-    cores, quotas = len(os.sched_getaffinity(0)), (['cpu.max'], ['cpu/cpu.cfs_quota_us', 'cpu/cpu.cfs_period_us'])
-    for files in quotas:
-        with contextlib.suppress(OSError, ValueError):                  # no such file; 'max', which is no number
-            text = ' '.join(open(os.path.join('/sys/fs/cgroup', file)).read() for file in files)
-            quota, period = map(int, text.split())
-            cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
-    return cores
-
-
-def memory_limit():
-    """Bytes that this process may fill: what the machine has to spare, or less by the limit of a cgroup (v2 or v1)."""
-    with open('/proc/meminfo') as file:
-        free = dict(re.findall(r'(\w+): +(\d+) kB', file.read()))
-    limit = 1024 * (int(free['MemAvailable']) + int(free['SwapFree']))
+def cgroup(kind, unified, *legacy):
+    """The numbers in a file of this process's cgroup and of each above it: v2, or v1, which has several files."""
     groups = []
     with contextlib.suppress(OSError), open('/proc/self/cgroup') as file:
         groups = [line.rstrip('/\n').split(':', 2) for line in file]
     for _, kinds, path in groups:                                       # a container sees its own as /
-        name = {'': '{}/memory.max', 'memory': '/memory{}/memory.limit_in_bytes'}.get(kinds, '{}')
-        for depth in range(path.count('/') + 1):
+        folder, files = (f'/{kind}', legacy) if kinds else ('', [unified])
+        for depth in range(path.count('/') + 1 if kind in kinds.split(',') or not kinds else 0):
             with contextlib.suppress(OSError, ValueError):              # no such file; 'max', which is no number
-                limit = min(limit, int(open('/sys/fs/cgroup' + name.format(path.rsplit('/', depth)[0])).read()))
-    return limit
+                above = path.rsplit('/', depth)[0]
+                texts = [open(f'/sys/fs/cgroup{folder}{above}/{file}').read() for file in files]
+                yield [int(number) for number in ' '.join(texts).split()]
+
+
+def allowed_cores():
+    """How many cores this process may use: those of its CPU set, or fewer by the quota of its cgroup."""
+    quotas = cgroup('cpu', 'cpu.max', 'cpu.cfs_quota_us', 'cpu.cfs_period_us')
+    return min([len(os.sched_getaffinity(0))] + [math.ceil(quota / period) for quota, period in quotas if quota > 0])
+
+
+def memory_limit():
+    """Bytes that this process may fill: what the machine has to spare, or less by the limit of a cgroup."""
+    with open('/proc/meminfo') as file:
+        free = dict(re.findall(r'(\w+): +(\d+) kB', file.read()))
+    limits = cgroup('memory', 'memory.max', 'memory.limit_in_bytes')
+    return min([1024 * (int(free['MemAvailable']) + int(free['SwapFree']))] + [limit for limit, in limits])
 
 
 def memory_needed(size, style_size, options):
     """Bytes at the peak of a run on the CPU, to some 10 %: measured, and linear in the pixels of both pictures."""
     def floats(names):                                                  # bytes a pixel of the picture
-        return sum(4 * WIDTHS[int(name[0]) - 1] / stride(name) ** 2 for name in names)
+        return sum(4 * filters(name) / stride(name) ** 2 for name in names)
     names, style = layer_names('vgg19'), floats(options.style_layers if options.method != 'gatys' else [])
     network = floats(names[:max(map(names.index, options.style_layers + options.content_layers)) + 1])
     return (390e6 + (400 + 1.25 * network + 3 * style) * math.prod(size) +
@@ -2456,11 +2462,22 @@ def enlarged(x, size):
     return np.clip(np.moveaxis(resized(np.moveaxis(np.float32(x), 0, 2), size, Image.BICUBIC), 2, 0), 0, 255)
 
 
+def operations(size, style_size, layers, patched):
+    """Multiplications and additions of an evaluation, in direct form: the network, there and back, and the matching."""
+    def area(size, name):
+        return math.prod(side // stride(name) for side in size)
+    names, network, before = layer_names('vgg19'), 0, 3
+    for name in names[:max(map(names.index, layers)) + 1]:
+        network += 2 * 2 * 9 * before * filters(name) * area(size, name)
+        before = filters(name)
+    return network, sum(2 * filters(name) * area(size, name) * area(style_size, name) for name in patched)
+
+
 def plan(inputs, options):
     """The run that would be, in lines: phases, patches, memory, and the time on this CPU, by its speed in NumPy."""
-    names, style_size, total, lines = layer_names('vgg19'), inputs.style.shape[1::-1], 0, []
+    style_size, total, lines = inputs.style.shape[1::-1], 0, []
     layers = options.style_layers + (options.content_layers if inputs.content is not None else [])
-    copies = copy_count(options) if options.method != 'gatys' and options.style_weight else 0
+    patched = options.style_layers if options.method != 'gatys' and options.style_weight else []
     square = np.ones((2048, 2048), np.float32)
     square @ square                                                     # wakes the cores
     start = time.perf_counter()
@@ -2468,21 +2485,15 @@ def plan(inputs, options):
     rate = 2 * 2048 ** 3 / (time.perf_counter() - start)
     for phase in range(options.phases):
         size, other = (phase_size(whole, phase, options.phases) for whole in (inputs.size, style_size))
-        def area(size, name):
-            return math.prod(side // stride(name) for side in size)
-        flops, channels, patches = 0, 3, []
-        for name in names[:max(map(names.index, layers)) + 1]:          # there and back
-            channels, before = WIDTHS[int(name[0]) - 1], channels
-            flops += 4 * 9 * before * channels * area(size, name)
-        for name in options.style_layers if copies else ():
-            # The engine's network reaches NumPy's rate, counted so, and its matching half of it.
-            matching = 2 * 2 * WIDTHS[int(name[0]) - 1] * area(size, name) * area(other, name) * copies
-            flops += matching / (options.iterations if options.cache else 1)
-            count = copies * math.prod(side // stride(name) - 2 for side in other)
-            patches.append(f'{name} {count:,}')
-        total += flops / rate * options.iterations
+        network, matching = operations(size, other, layers, patched)
+        # The engine's network reaches NumPy's rate, counted so, and its matching half of it.
+        matching *= 2 * copy_count(options) / (options.iterations if options.cache else 1)
+        seconds = (network + matching) / rate
+        total += seconds * options.iterations
+        patches = [f'{name} {copy_count(options) * math.prod(side // stride(name) - 2 for side in other):,}'
+                   for name in patched]
         lines.append('Phase #{}: {}x{}, {} evaluations of about {:,.2f} s{}'.format(
-            phase, *size, options.iterations, flops / rate, ', style patches ' + ', '.join(patches) if patches else ''))
+            phase, *size, options.iterations, seconds, ', style patches ' + ', '.join(patches) if patches else ''))
     return lines + [f'On this CPU about {total / 60:.0f} minutes and '
                     f'{memory_needed(inputs.size, style_size, options) / 1e9:.1f} GB in all.']
 
@@ -2806,7 +2817,8 @@ def run(arguments):
     missing = missing_maps(options)
     if missing:
         paint_maps(options, missing, weights, used == 'cpu')
-        inputs, remarks = read_inputs(options)
+        content_map, style_map, lines = read_maps(options, inputs.content, inputs.style)
+        inputs, remarks = inputs._replace(content_map=content_map, style_map=style_map), remarks + lines
     elif options.auto_maps:
         remarks.append('Both maps are there: nothing to paint.')
     for line in remarks + notes + [f'Random seed {random_seed}.']:

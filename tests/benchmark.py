@@ -159,20 +159,6 @@ def sgemm():
     return 2 * 2048 ** 3 / min(seconds(np.matmul, a, a) for _ in range(5)) / 1e9
 
 
-def gigaflops(weights, pair, layers):
-    """Multiplications and additions of the direct forms, in 1e9: network there and back, search by pixel products."""
-    (_, height, width), (_, rows, columns), channels, network = pair[0].shape, pair[1].shape, {}, 0
-    for name, (W, _) in weights.layers.items():
-        k = doodle.stride(name)
-        network += 2 * 2 * W.size * (height // k) * (width // k) / 1e9
-        channels[name] = len(W)
-        if name == '4_2':
-            break
-    search = sum(2 * (channels[layer] + 3) * height * width * rows * columns / doodle.stride(layer) ** 4 / 1e9
-                 for layer in layers)
-    return network, search
-
-
 def alone(form, size, arguments):
     """{'memory': GB, 'seconds': of one evaluation} of a form in a process of its own."""
     command = [sys.executable, __file__, '--alone', form, '--size', 'x'.join(map(str, size)), *arguments]
@@ -218,7 +204,8 @@ def main():
             times[name]['search'].append(seconds(form.search, *queries[name]))
             times[name]['evaluation'].append(seconds(form.evaluate, x))
     median = {name: {part: float(np.median(t)) for part, t in parts.items()} for name, parts in times.items()}
-    operations = dict(zip(('network', 'search'), gigaflops(weights, pair, options.style_layers)))
+    counts = doodle.operations(*(picture.shape[:0:-1] for picture in pair), ['4_2'], options.style_layers)
+    operations = {part: count / 1e9 for part, count in zip(('network', 'search'), counts)}
     again = ['--weights', a.weights]
 
     print(f'{a.size[0]}x{a.size[1]}, {weights.kind}, {len(os.sched_getaffinity(0))} cores, '

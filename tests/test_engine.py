@@ -90,14 +90,18 @@ def test_matching_refuses_what_has_no_patch_or_does_not_fit(found):
 
 @pytest.mark.parametrize('files, cores', [
     ({}, 8), ({'cpu.max': 'max 100000\n'}, 8), ({'cpu.max': '250000 100000\n'}, 3), ({'cpu.max': '50000 100000\n'}, 1),
+    ({'a/b/cpu.max': '250000 100000\n'}, 3), ({'a/b/cpu.max': '250000 100000\n', 'a/cpu.max': '200000 100000\n'}, 2),
     ({'cpu/cpu.cfs_quota_us': '-1\n', 'cpu/cpu.cfs_period_us': '100000\n'}, 8),
-    ({'cpu/cpu.cfs_quota_us': '400000\n', 'cpu/cpu.cfs_period_us': '100000\n'}, 4)])
+    ({'cpu/cpu.cfs_quota_us': '400000\n', 'cpu/cpu.cfs_period_us': '100000\n'}, 4),
+    ({'cpu/c/cpu.cfs_quota_us': '500000\n', 'cpu/c/cpu.cfs_period_us': '100000\n'}, 5)])
 def test_cores_are_those_of_the_cpu_set_and_the_cgroup(doodle, monkeypatch, files, cores):
+    files = {f'/sys/fs/cgroup/{name}': text for name, text in files.items()}
+    files['/proc/self/cgroup'] = '5:memory:/m\n4:cpu,cpuacct:/c\n0::/a/b\n'
+
     def opened(path, *_):
-        name = path.removeprefix('/sys/fs/cgroup/')
-        if name not in files:
+        if path not in files:
             raise FileNotFoundError(path)
-        return io.StringIO(files[name])
+        return io.StringIO(files[path])
     monkeypatch.setattr(doodle.os, 'sched_getaffinity', lambda _: set(range(8)))
     monkeypatch.setattr(doodle, 'open', opened, raising=False)
     assert doodle.allowed_cores() == cores
