@@ -947,13 +947,14 @@ def memory_limit():
 
 
 def memory_needed(size, style_size, options):
-    """Bytes at the peak of a run on the CPU, to some 10 %: measured, and linear in the pixels of both pictures."""
+    """Bytes at the peak of a run on the CPU: fitted to runs of all methods, and linear in the pixels of both pictures."""
     def floats(names):                                                  # bytes a pixel of the picture
         return sum(4 * filters(name) / stride(name) ** 2 for name in names)
-    names, style = layer_names('vgg19'), floats(options.style_layers if options.method != 'gatys' else [])
+    names, style = layer_names('vgg19'), floats(options.style_layers)
     network = floats(names[:max(map(names.index, options.style_layers + options.content_layers)) + 1])
-    return (390e6 + (400 + 1.25 * network + 3 * style) * math.prod(size) +
-            (150 + 3.5 * style * copy_count(options)) * math.prod(style_size))
+    patched = style if options.method != 'gatys' else 0
+    return (495e6 + (1.45 * network + 1.35 * style + 1.5 * patched) * math.prod(size) +
+            2.7 * patched * copy_count(options) * math.prod(style_size))
 
 
 def check_memory(size, style_size, options):
