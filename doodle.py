@@ -51,6 +51,7 @@ import hashlib
 import http.client
 import importlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -304,13 +305,11 @@ Inputs = namedtuple('Inputs', 'content content_map style style_map seed size')
 
 
 def import_pillow():
-    """NumPy and Pillow, once the options are known to be right: ``--help`` answers without them."""
-    global np, Image, ImageOps
-    try:
-        import numpy as np
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise UserError(f'{error}.', 'install the packages: pip install -r requirements.txt') from None
+    """NumPy, Pillow and tqdm, once the options are known to be right: ``--help`` answers without them."""
+    global np, Image, ImageOps, tqdm
+    import numpy as np
+    from PIL import Image, ImageOps
+    from tqdm import tqdm
     warnings.simplefilter('ignore', Image.DecompressionBombWarning)     # twice as many are still refused, and take
     Image.MAX_IMAGE_PIXELS = min(Image.MAX_IMAGE_PIXELS, memory_limit() // 40)      # 18 bytes each
 
@@ -367,6 +366,16 @@ def resized(pixels, size, method):
     return np.stack([np.asarray(plane) for plane in planes], axis=2)
 
 
+def planes(pixels):
+    """(H, W, 3) RGB -> (3, H, W) BGR float64."""
+    return np.moveaxis(pixels[:, :, ::-1], 2, 0).astype(np.float64)
+
+
+def pixels(x, size):
+    """The image `x` (3, H, W) BGR as (height, width, 3) uint8 RGB, at `size` = (width, height)."""
+    return resized(np.moveaxis(np.clip(x, 0, 255).astype(np.uint8)[::-1], 0, 2), size, Image.BICUBIC)
+
+
 def limited(pixels, longest, method):
     """`pixels` (H, W, 3), shrunk where their long side is more than `longest` (or None)."""
     height, width = pixels.shape[:2]
@@ -409,11 +418,8 @@ def map_classes(maps):
     -------
     (K, 3) float64 array
     """
-    classes = set()
-    for codes in map(colour_codes, maps):
-        unique, counts = np.unique(codes, return_counts=True)
-        classes.update(unique[counts >= 0.001 * codes.size])
-    return code_colours(np.array(sorted(classes), dtype=np.int64))
+    found = [np.unique(colour_codes(colours), return_counts=True) for colours in maps]
+    return code_colours(np.unique(np.concatenate([codes[counts >= 0.001 * counts.sum()] for codes, counts in found])))
 
 
 def map_channels(maps):
@@ -499,8 +505,7 @@ def pooled_map(channels, size, layer):
 
 def phase_size(size, phase, phases):
     """(width, height) in a phase: each has twice the scale of the one before, and the last is at scale 1."""
-    scale = 1 / 2 ** (phases - 1 - phase)
-    return int(size[0] * scale), int(size[1] * scale)
+    return tuple(side >> phases - 1 - phase for side in size)
 
 
 def read_maps(options, content, style):
@@ -551,17 +556,14 @@ def read_inputs(options):
             remarks.append(bold(f'WARNING: {flag} {path!r} is on no mounted folder, and is lost with the container. '
                                 f'FIX: -v "$PWD:/nd", or another {flag}.'))
 
-    content = style = seed = content_map = style_map = None
+    content = seed = content_map = style_map = None
     if options.content:
         content = limited(read_picture(options.content), options.max_size, Image.LANCZOS)
         remarks.append(f'Loading `{options.content}` for content data.')
     style = limited(read_picture(options.style), options.max_size, Image.LANCZOS)
     remarks.append(f'Loading `{options.style}` for style data.')
 
-    unpainted = missing_maps(options)
-    if unpainted:
-        remarks += [f'`{path}` is not there: it will be painted.' for path in unpainted]
-    else:
+    if not missing_maps(options):                                       # else they are painted and read later
         content_map, style_map, lines = read_maps(options, content, style)
         remarks += lines
     if options.rotations or options.scales:
@@ -592,104 +594,6 @@ def read_inputs(options):
                             f'{options.phases} phases, where its sides must be {least} or more.',
                             f'--phases={fits}' if min(width, height) >= least else 'use a larger picture')
     return Inputs(content, content_map, style, style_map, seed, size), remarks
-
-
-def same_file(a, b):
-    """Whether two paths, there already or not, name one file."""
-    return os.path.realpath(a) == os.path.realpath(b) or all(map(os.path.exists, (a, b))) and os.path.samefile(a, b)
-
-
-def mounts():
-    """The folders mounted into our container and where on the host they come from, {path: source}; outside it None."""
-    if 'DOODLE_CONTAINER' not in os.environ:
-        return None
-    with open('/proc/self/mountinfo') as file:
-        lines = [[re.sub(r'\\040', ' ', part) for part in line.split()] for line in file]
-    return {point: source for _, _, _, source, point, *_ in lines
-            if os.path.isdir(point) and not re.match('/(dev|etc|opt|proc|run|sys|tmp|usr|var)?(/|$)', point)}
-
-
-def mount_of(path):
-    """The mounted folder on which `path` lies, or None."""
-    path = os.path.realpath(path) + '/'
-    return max((point for point in mounts() or () if path.startswith(point + '/')), key=len, default=None)
-
-
-def mounted():
-    """What is mounted, in words."""
-    def entries(folder):
-        return f'{len(os.listdir(folder))} entries' if os.access(folder, os.R_OK) else 'not readable'
-    return ', '.join(f'{point} from {source} ({entries(point)})' for point, source in mounts().items()) or 'nothing'
-
-
-def place_output(options):
-    """Where the output would be lost with the container, choose a copy on a mounted folder: ``options.copy``, or None.
-
-    Where it could not even be written (a read-only container), the copy becomes the output. The checkpoint lies beside
-    what is kept.
-    """
-    options.copy = None
-    if mounts() is not None and not mount_of(options.output):
-        folders = [folder for folder in (mount_of(options.frames), *mounts())
-                   if folder and os.access(folder, os.W_OK)]
-        if folders:
-            options.copy = os.path.join(folders[0], os.path.basename(options.output))
-            if not os.access(os.path.dirname(options.output) or '.', os.W_OK):
-                options.output, options.copy = options.copy, None
-    options.checkpoint = (options.copy or options.output) + '.checkpoint'
-
-
-def kept(options):
-    """The output's path, and in our container whether it outlives it."""
-    path = options.copy or options.output
-    if mounts() is None:
-        return f'`{path}`'
-    mount = mount_of(path)
-    return f'`{path}`, ' + (f'on the mounted folder {mount}' if mount else 'which no mounted folder keeps')
-
-
-def check_written(options, read):
-    """Refuse what would overwrite an input or could not be written at the end; make the missing folders."""
-    folders = {'--frames': options.frames} if options.save_every else {}
-    place_output(options)
-    for flag, path in (('--output', options.output), ('--output', options.copy), ('--log', options.log),
-                       ('--output', options.checkpoint)):
-        if path is None:
-            continue
-        if any(same_file(path, other) for other in read if other):
-            raise UserError(f'{flag} {path!r} is one of the inputs and would overwrite it.', f'choose another {flag}')
-        if os.path.isdir(path):
-            raise UserError(f'{flag} {path!r} is a folder.', 'add a file name to it')
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.stat(path)                                               # a name may be too long
-        folders[flag] = os.path.dirname(path) or '.'
-    if options.log and same_file(options.log, options.output):
-        raise UserError('--output and --log are the same file.', 'choose another --log')
-    image_format(options.output)
-    for flag, folder in folders.items():
-        if os.path.isdir(folder) or not options.check:                  # which leaves nothing behind
-            check_folder(folder, flag, f'choose another {flag}')
-
-
-def check_folder(folder, flag, fix):
-    """Make a folder where it is missing, and refuse one that cannot be written."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f'{flag}: the folder {folder!r} cannot be written: {error.strerror}.', fix) from None
-
-
-def image_format(path):
-    """Pillow's name of the format that the ending of `path` stands for."""
-    Image.init()
-    name = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
-    try:
-        Image.new('RGB', (1, 1)).save(io.BytesIO(), format=name)
-    except (KeyError, ValueError, OSError):
-        raise UserError(f'{path!r} does not end like a picture that can be written.',
-                        'end it in .png or .jpg') from None
-    return name
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -801,14 +705,13 @@ def read_weights(path):
         raise UserError(f'{path!r} cannot be read as weights: {one_line(error)}.', fix) from None
 
     kind = 'vgg19' if '3_4' in layers else 'vgg16'
-    names, before = layer_names(kind), 3
+    names = layer_names(kind)
     names = names[:max([names.index(name) + 1 for name in layers if name in names], default=1)]
-    for name in names:
+    for before, name in zip([3, *map(filters, names)], names):
         shapes = [(filters(name), before, 3, 3), (filters(name),)]
         if name not in layers or [array.shape for array in layers[name]] != shapes:
             found = [array.shape for array in layers[name]] if name in layers else 'nothing'
             raise UserError(f'{path!r}: conv{name} should have arrays of {shapes}, but there is {found}.', fix)
-        before = filters(name)
 
     remark = f'{path!r} is not a known VGG network: its colours and filters are taken as they lie.'
     first = layers['1_1'][0]
@@ -825,7 +728,6 @@ def read_weights(path):
 
 def download(address, part):
     """Fetch the Keras file to `part`, going on where an earlier attempt broke off; OSError if it is not that file."""
-    from tqdm import tqdm
     have = os.path.getsize(part) if os.path.exists(part) else 0
     if have < KERAS['bytes']:
         request = urllib.request.Request(address, headers={'Range': f'bytes={have}-'} if have else {})
@@ -868,7 +770,7 @@ def fetch_vgg19():
             say(f'  - Fetching VGG19 from {address} ..')
             try:
                 download(address + KERAS['file'], part)
-            except (OSError, http.client.HTTPException) as error:       # URLError and timeouts are OSErrors
+            except (OSError, ValueError, http.client.HTTPException) as error:   # ValueError: it is no address
                 troubles.append(f'{urllib.parse.urlsplit(address).netloc}: {error}')
                 continue
             arrays = {f'conv{name}.{kind}': array for name, pair in read_h5(part).items()
@@ -893,10 +795,9 @@ def find_weights(options):
     remark : str or None
     """
     here = os.path.dirname(os.path.abspath(__file__))
-    places = [os.path.join(here, 'vgg19_conv.pkl.bz2'), 'vgg19_conv.pkl.bz2']
     path, trouble = options.weights, None
     if not path and options.network != 'vgg16':
-        path = next(filter(os.path.exists, places), None)
+        path = next(filter(os.path.exists, (os.path.join(here, 'vgg19_conv.pkl.bz2'), 'vgg19_conv.pkl.bz2')), None)
         try:
             path = path or fetch_vgg19()
         except OSError as error:
@@ -947,7 +848,7 @@ def memory_limit():
 
 
 def memory_needed(size, style_size, options):
-    """Bytes at the peak of a run on the CPU: fitted to runs of all methods, and linear in the pixels of both pictures."""
+    """Bytes at the peak of a run on the CPU: fitted to runs of all methods, linear in the pixels of both pictures."""
     def floats(names):                                                  # bytes a pixel of the picture
         return sum(4 * filters(name) / stride(name) ** 2 for name in names)
     names, style = layer_names('vgg19'), floats(options.style_layers)
@@ -1017,27 +918,27 @@ def keep_compiled_code():
         ops += op.__subclasses__()
         if vars(op).get('__props__') == ():
             op.__props__ = NoProps()
-
-    def version(op):                                                    # Theano's is hash(), another in each process
-        return (zlib.crc32(''.join(op.func_codes).encode()),)
-    theano.gof.op.COp.c_code_cache_version = version
+    # Theano's is hash(), another in each process.
+    theano.gof.op.COp.c_code_cache_version = lambda op: (zlib.crc32(''.join(op.func_codes).encode()),)
 
 
 def compile_quickly():
-    """Let g++ read the headers of Theano's C++ but once, since they take most of its time, and leave debug symbols out."""
+    """Let g++ read the headers of Theano's C++ once only, which take most of its time, and leave debug symbols out."""
     compiler, header = theano.gof.cmodule.GCC_compiler, os.path.join(theano.config.compiledir, 'headers.h')
     compile_str = compiler.compile_str
 
     def compiled(*arguments, preargs, **named):
-        if not os.path.exists(header):
+        if not os.path.exists(header + '.gch'):
             with written_whole(header) as file:
                 file.write(b'#include <Python.h>\n#include <iostream>\n#include <vector>\n#include <algorithm>\n'
                            b'#include "theano_mod_helper.h"\n#include <math.h>\n#include <numpy/arrayobject.h>\n'
                            b'#include <numpy/arrayscalars.h>\n')
-            with written_whole(header + '.gch') as file:                # which g++ passes over where it does not fit
+            # Where it does not fit g++ passes over it, and where it cannot be made things just take longer.
+            with contextlib.suppress(OSError, subprocess.SubprocessError), written_whole(header + '.gch') as file:
                 flags = '-shared', '-g0', '-O3', '-fno-math-errno', '-fvisibility=hidden', *compiler.compile_args()
                 folders = ('-I' + folder for folder in theano.gof.cmodule.std_include_dirs())
-                subprocess.run([theano.config.cxx, *flags, *folders, '-x', 'c++-header', header, '-o', file.name])
+                subprocess.run([theano.config.cxx, *flags, *folders, '-x', 'c++-header', header, '-o', file.name],
+                               check=True, capture_output=True)
         return compile_str(*arguments, preargs=[*preargs, '-g0', '-include', header], **named)
     compiler.compile_str = staticmethod(compiled)
 
@@ -1099,10 +1000,9 @@ def import_theano(device):
     trouble : UserError or None
         Why it is not the one asked for.
     """
-    global theano, T, lasagne, lbfgsb, tqdm
+    global theano, T, lasagne, lbfgsb
     check_compiler()
-    user = dict(flag.split('=', 1) for flag in os.environ.get('THEANO_FLAGS', '').split(',') if '=' in flag)
-    user = {key.strip(): value for key, value in user.items()}
+    user = dict(flag.strip().split('=', 1) for flag in os.environ.get('THEANO_FLAGS', '').split(',') if '=' in flag)
     device = re.sub('^gpu', 'cuda', user.pop('device', device))
     if user.get('floatX', 'float32') != 'float32':
         raise UserError(f"THEANO_FLAGS asks for floatX={user['floatX']}, and the program computes in float32.",
@@ -1111,7 +1011,7 @@ def import_theano(device):
     if 'blas.ldflags' not in user:
         flags.update(blas_flags())
     if 'gcc.cxxflags' in user:                                         # adds to ours, without which BLAS has no names
-        flags['gcc.cxxflags'] = user['gcc.cxxflags'] = f"{flags.get('gcc.cxxflags', '')} {user['gcc.cxxflags']}".strip()
+        user['gcc.cxxflags'] = f"{flags.get('gcc.cxxflags', '')} {user['gcc.cxxflags']}".strip()
     if not os.access(os.path.expanduser('~'), os.W_OK):
         flags['base_compiledir'] = os.path.join(tempfile.gettempdir(), f'theano-{os.getuid()}')
     os.environ['THEANO_FLAGS'] = ','.join(f'{key}={value}' for key, value in {**flags, **user}.items())
@@ -1133,7 +1033,6 @@ def import_theano(device):
         keep_compiled_code()
         compile_quickly()
         from scipy.optimize import _lbfgsb as lbfgsb
-        from tqdm import tqdm
         if device == 'cpu':
             return device, None
         try:
@@ -1210,14 +1109,11 @@ MAP_LEAST = 0.03, 0.002                                               # of both 
 def import_skimage():
     """What automatic maps need, and nothing else does."""
     global color, csgraph, distance, hierarchy, segmentation, sparse
-    try:
-        from scipy import sparse
-        from scipy.cluster import hierarchy
-        from scipy.sparse import csgraph
-        from scipy.spatial import distance
-        from skimage import color, segmentation
-    except ImportError as error:
-        raise UserError(f'{error}.', 'install the packages: pip install -r requirements.txt') from None
+    from scipy import sparse
+    from scipy.cluster import hierarchy
+    from scipy.sparse import csgraph
+    from scipy.spatial import distance
+    from skimage import color, segmentation
 
 
 def preview_path(path):
@@ -1393,7 +1289,7 @@ def joint_parts(X, f, shares, count):
     (n,) int array
         With fewer parts where there is nothing left to cut.
     """
-    parts, found = np.zeros(len(X), dtype=int), 1
+    parts, cuts = np.zeros(len(X), dtype=int), [None]
     for detailed in (False, True):
         def split(k):
             part = np.flatnonzero(parts == k)
@@ -1402,12 +1298,12 @@ def joint_parts(X, f, shares, count):
                 Y[image] -= Y[image].mean(axis=0)
             gain, side = shared_split(Y, shares[part], MAP_LEAST[detailed])
             return gain / (len(part) if detailed else 1), part[side]
-        cuts = [split(k) for k in range(found)]
-        while found < count and max(gain for gain, _ in cuts):
-            k = max(range(found), key=lambda k: cuts[k][0])
-            parts[cuts[k][1]] = found
-            cuts[k], found = split(k), found + 1
-            cuts.append(split(found - 1))
+        cuts = [split(k) for k in range(len(cuts))]
+        while len(cuts) < count and max(gain for gain, _ in cuts):
+            k = max(range(len(cuts)), key=lambda k: cuts[k][0])
+            parts[cuts[k][1]] = len(cuts)
+            cuts[k] = split(k)
+            cuts.append(split(len(cuts)))
     return parts
 
 
@@ -1625,13 +1521,10 @@ def sheet(copies):
     whole : ((h - 2) (w - 2),) float32 array
         1 for a patch, 0 over a seam or in the margin.
     """
-    h, w = sum(len(g) for g in copies), max(g.shape[1] for g in copies)
-    sheet, whole, top = np.zeros((h, w, copies[0].shape[2]), np.float32), np.zeros((h, w), np.float32), 0
-    for g in copies:
-        sheet[top:top + len(g), :g.shape[1]] = g
-        whole[top:max(top, top + len(g) - 2), :max(0, g.shape[1] - 2)] = 1
-        top += len(g)
-    return sheet, whole[:-2, :-2].ravel()
+    w = max(g.shape[1] for g in copies)
+    sheet = [np.pad(g, [(0, 0), (0, w - g.shape[1]), (0, 0)]) for g in copies]
+    whole = [np.outer(np.arange(len(g)) < len(g) - 2, np.arange(w) < g.shape[1] - 2) for g in copies]
+    return np.concatenate(sheet, dtype=np.float32), np.float32(np.concatenate(whole)[:-2, :-2].ravel())
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -1699,7 +1592,6 @@ def smoothness_loss(x, power=1.25):
 COMMON = r'''
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <stdexcept>
 #include <vector>
 #include <omp.h>
@@ -1752,9 +1644,9 @@ static void product(long rows, long columns, long depth, const float *A, long ld
     }
 }
 
-/* Working memory, kept from call to call: to get fresh pages costs more than what is done in them. Not static, since
-   then all Ops share it. */
-inline float *workspace(size_t floats) {
+/* Working memory, kept from call to call: to get fresh pages costs more than what is done in them. All Ops share it, by
+   its visibility, though each is a library of its own. */
+__attribute__((visibility("default"))) inline float *workspace(size_t floats) {
     static std::vector<float> kept;
     if (kept.size() < floats + 16) {
         std::vector<float>().swap(kept);
@@ -2397,7 +2289,7 @@ class Minimiser:
         self.task, self.line_task, self.logicals, self.integers = (np.zeros(count, 'i4') for count in (2, 2, 4, 44))
         self.doubles = np.zeros(29)
 
-    def run(self, evaluate, evaluations):
+    def run(self, evaluate, evaluations, say=say):
         """Go on for exactly so many evaluations.
 
         Parameters
@@ -2439,16 +2331,6 @@ class Minimiser:
                           self.task, self.logicals, self.integers, self.doubles, 20, self.line_task)
 
 
-def planes(pixels):
-    """(H, W, 3) RGB -> (3, H, W) BGR float64."""
-    return np.moveaxis(pixels[:, :, ::-1], 2, 0).astype(np.float64)
-
-
-def pixels(x, size):
-    """The image `x` (3, H, W) BGR as (height, width, 3) uint8 RGB, at `size` = (width, height)."""
-    return resized(np.moveaxis(np.clip(x, 0, 255).astype(np.uint8)[::-1], 0, 2), size, Image.BICUBIC)
-
-
 def first_image(inputs, options, size, random_seed):
     """The image from which the first phase starts, (3, H, W)."""
     if options.seed == 'noise':
@@ -2461,42 +2343,6 @@ def first_image(inputs, options, size, random_seed):
 def enlarged(x, size):
     """The image `x` (3, H, W), bicubically enlarged in floating point for the next phase, within 0..255."""
     return np.clip(np.moveaxis(resized(np.moveaxis(np.float32(x), 0, 2), size, Image.BICUBIC), 2, 0), 0, 255)
-
-
-def operations(size, style_size, layers, patched):
-    """Multiplications and additions of an evaluation, in direct form: the network, there and back, and the matching."""
-    def area(size, name):
-        return math.prod(side // stride(name) for side in size)
-    names, network, before = layer_names('vgg19'), 0, 3
-    for name in names[:max(map(names.index, layers)) + 1]:
-        network += 2 * 2 * 9 * before * filters(name) * area(size, name)
-        before = filters(name)
-    return network, sum(2 * filters(name) * area(size, name) * area(style_size, name) for name in patched)
-
-
-def plan(inputs, options):
-    """The run that would be, in lines: phases, patches, memory, and the time on this CPU, by its speed in NumPy."""
-    style_size, total, lines = inputs.style.shape[1::-1], 0, []
-    layers = options.style_layers + (options.content_layers if inputs.content is not None else [])
-    patched = options.style_layers if options.method != 'gatys' and options.style_weight else []
-    square = np.ones((2048, 2048), np.float32)
-    square @ square                                                     # wakes the cores
-    start = time.perf_counter()
-    square @ square
-    rate = 2 * 2048 ** 3 / (time.perf_counter() - start)
-    for phase in range(options.phases):
-        size, other = (phase_size(whole, phase, options.phases) for whole in (inputs.size, style_size))
-        network, matching = operations(size, other, layers, patched)
-        # The engine's network reaches NumPy's rate, counted so, and its matching half of it.
-        matching *= 2 * copy_count(options) / (options.iterations if options.cache else 1)
-        seconds = (network + matching) / rate
-        total += seconds * options.iterations
-        patches = [f'{name} {copy_count(options) * math.prod(side // stride(name) - 2 for side in other):,}'
-                   for name in patched]
-        lines.append('Phase #{}: {}x{}, {} evaluations of about {:,.2f} s{}'.format(
-            phase, *size, options.iterations, seconds, ', style patches ' + ', '.join(patches) if patches else ''))
-    return lines + [f'On this CPU about {total / 60:.0f} minutes and '
-                    f'{memory_needed(inputs.size, style_size, options) / 1e9:.1f} GB in all.']
 
 
 def paint(objective, inputs, options, random_seed, journal):
@@ -2523,16 +2369,117 @@ def paint(objective, inputs, options, random_seed, journal):
         journal.begin(phase, size, objective)
 
         def evaluate(x):
+            journal.settle()
             if journal.number % min(options.save_every or 10, 10) == 0:
                 journal.write_checkpoint()
             evaluation = objective(x)
+            journal.settled = False
             journal.record(x, evaluation)
             return evaluation.total, evaluation.gradient
-        journal.minimiser.run(evaluate, options.iterations - journal.evaluation)
+        journal.minimiser.run(evaluate, options.iterations - journal.evaluation, journal.say)
+        journal.settle()
         journal.save(last=phase == options.phases - 1)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
+
+def same_file(a, b):
+    """Whether two paths, there already or not, name one file."""
+    return os.path.realpath(a) == os.path.realpath(b) or all(map(os.path.exists, (a, b))) and os.path.samefile(a, b)
+
+
+def mounts():
+    """The folders mounted into our container and where on the host they come from, {path: source}; outside it None."""
+    if 'DOODLE_CONTAINER' not in os.environ:
+        return None
+    with open('/proc/self/mountinfo') as file:
+        lines = [[re.sub(r'\\040', ' ', part) for part in line.split()] for line in file]
+    return {point: source for _, _, _, source, point, *_ in lines
+            if os.path.isdir(point) and not re.match('/(dev|etc|opt|proc|run|sys|tmp|usr|var)?(/|$)', point)}
+
+
+def mount_of(path):
+    """The mounted folder on which `path` lies, or None."""
+    path = os.path.realpath(path) + '/'
+    return max((point for point in mounts() or () if path.startswith(point + '/')), key=len, default=None)
+
+
+def mounted():
+    """What is mounted, in words."""
+    def entries(folder):
+        return f'{len(os.listdir(folder))} entries' if os.access(folder, os.R_OK) else 'not readable'
+    return ', '.join(f'{point} from {source} ({entries(point)})' for point, source in mounts().items()) or 'nothing'
+
+
+def place_output(options):
+    """Where the output would be lost with the container, choose a copy on a mounted folder: ``options.copy``, or None.
+
+    Where it could not even be written (a read-only container), the copy becomes the output. The checkpoint lies beside
+    what is kept.
+    """
+    options.copy = None
+    if mounts() is not None and not mount_of(options.output):
+        folders = [folder for folder in (mount_of(options.frames), *mounts())
+                   if folder and os.access(folder, os.W_OK)]
+        if folders:
+            options.copy = os.path.join(folders[0], os.path.basename(options.output))
+            if not os.access(os.path.dirname(options.output) or '.', os.W_OK):
+                options.output, options.copy = options.copy, None
+    options.checkpoint = (options.copy or options.output) + '.checkpoint'
+
+
+def kept(options):
+    """The output's path, and in our container whether it outlives it."""
+    path = options.copy or options.output
+    if mounts() is None:
+        return f'`{path}`'
+    mount = mount_of(path)
+    return f'`{path}`, ' + (f'on the mounted folder {mount}' if mount else 'which no mounted folder keeps')
+
+
+def check_written(options, read):
+    """Refuse what would overwrite an input or could not be written at the end; make the missing folders."""
+    folders = {'--frames': options.frames} if options.save_every else {}
+    place_output(options)
+    for flag, path in (('--output', options.output), ('--output', options.copy), ('--log', options.log),
+                       ('--output', options.checkpoint)):
+        if path is None:
+            continue
+        if any(same_file(path, other) for other in read if other):
+            raise UserError(f'{flag} {path!r} is one of the inputs and would overwrite it.', f'choose another {flag}')
+        if os.path.isdir(path):
+            raise UserError(f'{flag} {path!r} is a folder.', 'add a file name to it')
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(path)                                               # a name may be too long
+        folders[flag] = os.path.dirname(path) or '.'
+    if options.log and any(same_file(options.log, path)
+                           for path in (options.output, options.copy, options.checkpoint) if path):
+        raise UserError('--log is the same file as the output or its checkpoint.', 'choose another --log')
+    image_format(options.output)
+    for flag, folder in folders.items():
+        if os.path.isdir(folder) or not options.check:                  # which leaves nothing behind
+            check_folder(folder, flag, f'choose another {flag}')
+
+
+def check_folder(folder, flag, fix):
+    """Make a folder where it is missing, and refuse one that cannot be written."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f'{flag}: the folder {folder!r} cannot be written: {error.strerror}.', fix) from None
+
+
+def image_format(path):
+    """Pillow's name of the format that the ending of `path` stands for."""
+    name = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
+    try:
+        Image.new('RGB', (1, 1)).save(io.BytesIO(), format=name)
+    except (KeyError, ValueError, OSError):
+        raise UserError(f'{path!r} does not end like a picture that can be written.',
+                        'end it in .png or .jpg') from None
+    return name
+
 
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -2566,23 +2513,19 @@ def claim_frames(folder):
 
     A run takes a folder by making ``command.txt`` in it, which says what the frames are of.
     """
-    attempt, place = 1, folder
-    while True:
+    for number in itertools.count(1):
+        place = folder if number == 1 else os.path.join(folder, f'run-{number}')
         os.makedirs(place, exist_ok=True)
-        try:
-            if not any(re.fullmatch(r'\d{4,}\.png', name) for name in os.listdir(place)):
-                with open(os.path.join(place, 'command.txt'), 'x', errors='surrogateescape') as file:
-                    file.write(' '.join(sys.argv) + '\n')
+        if not any(re.fullmatch(r'\d{4,}\.png', name) for name in os.listdir(place)):
+            command = os.path.join(place, 'command.txt')
+            with contextlib.suppress(FileExistsError), open(command, 'x', errors='surrogateescape') as file:
+                file.write(' '.join(sys.argv) + '\n')
                 return place
-        except FileExistsError:
-            pass
-        attempt += 1
-        place = os.path.join(folder, f'run-{attempt}')
 
 
 # Options that change nothing in the picture, or whose files are compared instead.
 FREE = {'style', 'content', 'output', 'copy', 'semantic_ext', 'random_seed', 'slices', 'device', 'network', 'weights',
-        'print_every', 'save_every', 'frames', 'log', 'resume', 'checkpoint', 'check'}
+        'auto_maps', 'print_every', 'save_every', 'frames', 'log', 'resume', 'checkpoint', 'check'}
 
 
 def explained(inputs, weights, options, random_seed):
@@ -2646,7 +2589,7 @@ class Journal:
         self.options, self.size, self.header, self.saved, self.told = options, size, header, None, set()
         self.state, self.arrays = checkpoint or ({}, {})
         self.number, self.phase = self.state.get('number', 0), self.state.get('phase', 0)
-        self.objective, self.minimiser, self.frames = None, None, None
+        self.objective, self.minimiser, self.frames, self.settled, self.signal = None, None, None, True, None
         if self.arrays:
             self.minimiser = Minimiser(self.arrays['image'])
             vars(self.minimiser).update((name, self.arrays[name]) for name in vars(self.minimiser))
@@ -2656,10 +2599,8 @@ class Journal:
                         disable=not sys.stderr.isatty(), leave=False)
         self.log, self.unwritten = None, b''
         if self.state and options.log and os.path.isfile(options.log):
-            with open(options.log, 'rb') as file:                       # what was logged until the checkpoint stays
-                kept = file.readlines()[:self.number + 1]
-            with written_whole(options.log) as file:
-                file.writelines(kept)
+            with open(options.log, 'r+b') as file:                      # what was logged until the checkpoint stays
+                file.truncate(sum(map(len, file.readlines()[:self.number + 1])))
             self.log = open(options.log, 'ab', buffering=0)
         elif options.log:
             self.log = open(options.log, 'wb', buffering=0)
@@ -2696,6 +2637,18 @@ class Journal:
             for array in (json.dumps(state), *arrays.values()):         # no .npz: zipfile has words of its own for a
                 np.save(file, array)                                    # full disk
 
+    def interrupt(self, number, frame):
+        """Signal handler: `interrupt`, but not before objective, minimiser and journal know of the same evaluations."""
+        self.signal = number
+        if self.settled:
+            interrupt(number, frame)
+
+    def settle(self):
+        """They have: a signal that came meanwhile is heard."""
+        self.settled = True
+        if self.signal:
+            self.interrupt(self.signal, None)
+
     def say(self, text):
         """A line above the progress bar."""
         self.bar.clear()
@@ -2703,7 +2656,7 @@ class Journal:
 
     def begin(self, phase, size, objective):
         """A phase starts."""
-        self.phase, self.objective = phase, objective
+        self.settled, self.phase, self.objective = False, phase, objective
         self.error, self.evaluation = self.state.pop('error', 255.), self.state.pop('evaluation', 0)
         for name, variable in remembered(objective).items() if self.arrays else ():
             variable.set_value(self.arrays[name])
@@ -2768,6 +2721,42 @@ def progress_line(number, evaluation, error, seconds):
             f'   time {seconds:.1f}s')
 
 
+def operations(size, style_size, layers, patched):
+    """Multiplications and additions of an evaluation, in direct form: the network, there and back, and the matching."""
+    def area(size, name):
+        return math.prod(side // stride(name) for side in size)
+    names, network, before = layer_names('vgg19'), 0, 3
+    for name in names[:max(map(names.index, layers)) + 1]:
+        network += 2 * 2 * 9 * before * filters(name) * area(size, name)
+        before = filters(name)
+    return network, sum(2 * filters(name) * area(size, name) * area(style_size, name) for name in patched)
+
+
+def plan(inputs, options):
+    """The run that would be, in lines: phases, patches, memory, and the time on this CPU, by its speed in NumPy."""
+    style_size, total, lines = inputs.style.shape[1::-1], 0, []
+    layers = options.style_layers + (options.content_layers if inputs.content is not None else [])
+    patched = options.style_layers if options.method != 'gatys' and options.style_weight else []
+    square = np.ones((2048, 2048), np.float32)
+    square @ square                                                     # wakes the cores
+    start = time.perf_counter()
+    square @ square
+    rate = 2 * 2048 ** 3 / (time.perf_counter() - start)
+    for phase in range(options.phases):
+        size, other = (phase_size(whole, phase, options.phases) for whole in (inputs.size, style_size))
+        network, matching = operations(size, other, layers, patched)
+        # The engine's network reaches NumPy's rate, counted so, and its matching half of it.
+        matching *= 2 * copy_count(options) / (options.iterations if options.cache else 1)
+        seconds = (network + matching) / rate
+        total += seconds * options.iterations
+        patches = [f'{name} {copy_count(options) * math.prod(side // stride(name) - 2 for side in other):,}'
+                   for name in patched]
+        lines.append('Phase #{}: {}x{}, {} evaluations of about {:,.2f} s{}'.format(
+            phase, *size, options.iterations, seconds, ', style patches ' + ', '.join(patches) if patches else ''))
+    return lines + [f'On this CPU about {total / 60:.0f} minutes and '
+                    f'{memory_needed(inputs.size, style_size, options) / 1e9:.1f} GB in all.']
+
+
 def interrupt(number, frame):
     """Signal handler: leave whatever runs, to save what there is, once."""
     for again in (signal.SIGINT, signal.SIGTERM):
@@ -2786,7 +2775,9 @@ def run(arguments):
         import_skimage()                                                # or tell at once that it is not there
     say(bold('Neural Doodle') + ' for semantic style transfer.')
     inputs, remarks = read_inputs(options)
+    missing = missing_maps(options)
     if options.check:
+        remarks += [f'`{path}` is not there: it will be painted.' for path in missing]
         for line in remarks + plan(inputs, options):
             say(f'  - {line}')
     style_size = inputs.style.shape[1::-1]
@@ -2815,7 +2806,6 @@ def run(arguments):
         style_size = math.ceil(style_size[0] * (1 + 0.05 * options.scales)), style_size[1] * copy_count(options)
         options.slices = options.slices or fitting_slices(
             inputs.size, style_size, options.style_layers, theano.gpuarray.get_context(None).free_gmem)
-    missing = missing_maps(options)
     if missing:
         paint_maps(options, missing, weights, used == 'cpu')
         content_map, style_map, lines = read_maps(options, inputs.content, inputs.style)
@@ -2827,13 +2817,14 @@ def run(arguments):
     say('  - Compiling, which takes a minute the first time..')
     objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, used == 'cpu')
     header = dict(explained(inputs, weights, options, random_seed), device=used)
-    weights = weights._replace(layers=None)                             # the network has its own
-
     journal = Journal(options, inputs.size, header, checkpoint)
+    del weights, checkpoint                                             # network and journal have their own
     start = time.time()
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, journal.interrupt)
         with contextlib.closing(journal.bar):
-            if checkpoint:
+            if journal.number:
                 journal.say(f'  - Going on from `{options.checkpoint}`, after {journal.number} evaluations.')
             paint(objective, inputs, options, random_seed, journal)
     except KeyboardInterrupt as interruption:
@@ -2842,7 +2833,7 @@ def run(arguments):
             saved = f'the image so far is in {kept(options)}; --resume goes on from there'
         journal.write_checkpoint()
         say(f'\n{bold("Interrupted")} after {journal.number} evaluations on device `{used}`: {saved}.')
-        return 128 + int(one_line(interruption))
+        return 128 + interruption.args[0]
     except FloatingPointError:
         saved = f'the last good image is in {kept(options)}' if journal.save() else 'nothing was saved'
         raise UserError(f'The loss is no longer a number after {journal.number} evaluations; {saved}.',
@@ -2871,6 +2862,8 @@ def main(arguments):
         return run(arguments)
     except UserError as error:
         problem, fix = error.args
+    except ModuleNotFoundError as error:
+        problem, fix = f'{error}.', 'install the packages: pip install -r requirements.txt'
     except OSError as error:
         problem = f'{error.filename or "A file"}: {error.strerror or one_line(error)}.'
         fix = 'check the disk and its permissions'
@@ -2880,7 +2873,7 @@ def main(arguments):
         problem, fix = 'There is not enough memory.', 'a smaller --max-size; on a GPU also more --slices'
     except KeyboardInterrupt as interruption:
         say(f'\n{bold("Interrupted")} before the first evaluation: there is nothing to save.')
-        return 128 + int(one_line(interruption))
+        return 128 + interruption.args[0]
     print(f'ERROR: {problem}\n  FIX: {fix}.', file=sys.stderr)
     return 2
 

@@ -108,10 +108,13 @@ def test_a_map_without_parts_is_refused(doodle, tmp_path, monkeypatch):
 
 def test_missing_maps_are_written_once(doodle, run, tmp_path, monkeypatch):
     """The run goes on with them; what stands there stays, and is what the other map follows."""
-    copied(tmp_path, *FACES)
+    (tmp_path / 'new').mkdir()
+    for folder in (tmp_path, tmp_path / 'new'):
+        copied(folder, *FACES)
     (tmp_path / 'hopper_sem_preview.jpg').write_text('mine')
     first = run(tmp_path, *SMALL)
     assert first.returncode == 0, first.stderr
+    assert 'will be painted' not in first.stdout and 'will be painted' in run(tmp_path / 'new', *SMALL, '--check').stdout
     names = 'astronaut_sem.png', 'astronaut_sem_preview.jpg', 'hopper_sem.png'
     assert all(f'`{name}`' in first.stdout for name in names) and '`hopper_sem_preview.jpg`' not in first.stdout
     assert (tmp_path / 'hopper_sem_preview.jpg').read_text() == 'mine'

@@ -125,6 +125,12 @@ def test_offline_the_bundled_network_serves_with_one_warning(doodle, vgg19, monk
     assert weights.kind == 'vgg16' and remark.count('WARNING') == 1 and 'FIX' in remark
 
 
+def test_what_is_no_address_is_one_more_that_cannot_be_reached(doodle, vgg19, monkeypatch):
+    monkeypatch.setenv('DOODLE_ADDRESSES', 'no.address/x/ http://127.0.0.1:9/')
+    with pytest.raises(OSError, match="unknown url type: 'no.address.*refused"):
+        doodle.fetch_vgg19()
+
+
 def test_a_network_asked_for_by_name_is_had_or_the_run_fails(doodle, vgg19, monkeypatch):
     monkeypatch.setenv('DOODLE_ADDRESSES', 'http://127.0.0.1:9/')
     with pytest.raises(doodle.UserError, match='cannot be fetched'):

@@ -184,6 +184,17 @@ def test_no_compiler_is_a_sentence(run, tmp_path):
     assert re.fullmatch(r'ERROR: There is no g\+\+.*\n  FIX: install g\+\+.*\n', done.stderr)
 
 
+@pytest.mark.parametrize('name', ['numpy', 'PIL', 'tqdm', 'theano', 'lasagne', 'skimage'])
+def test_a_missing_package_is_a_sentence(tmp_path, name):
+    printed = python('import doodle, sys\n'
+                     'sys.stderr = sys.stdout\n'
+                     f'sys.modules[{name!r}] = None\n'
+                     'print(doodle.main(sys.argv[1:]))', '--style=samples/astronaut.png', '--auto-maps=4',
+                     '--content=samples/hopper.png', '--network=vgg16', f'--output={tmp_path}/o.png', '--save-every=0')
+    problem, fix, code = printed.splitlines()[-3:]
+    assert name in problem and problem.startswith('ERROR') and 'pip install -r requirements.txt' in fix and code == '2'
+
+
 def test_no_python_headers_are_a_sentence(tmp_path, monkeypatch):
     program.check_compiler()
     monkeypatch.setattr(program.sysconfig, 'get_paths', lambda: {'include': str(tmp_path)})

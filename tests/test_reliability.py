@@ -180,8 +180,8 @@ def test_what_changes_nothing_in_the_picture_may_differ(painted):
     shutil.copy('face_content.png', 'same.png')
     shutil.copy('face_content_sem.png', 'same_map.png')
     shutil.copy('face_style_sem.png', 'face_style_map.png')
-    again = painted('--resume', '--content=same.png', '--semantic-ext=_map.png', '--slices=7', '--frames=more',
-                    '--save-every=1', '--print-every=3')
+    again = painted('--resume', '--content=same.png', '--semantic-ext=_map.png', '--auto-maps=5', '--frames=more',
+                    '--slices=7', '--save-every=1', '--print-every=3')
     assert again.code == 0 and len(again.asked) == 30 and '0010.png' in os.listdir('more')
 
 
@@ -217,6 +217,23 @@ def test_an_interruption_leaves_a_checkpoint_of_all_that_was_done(painted):
     stopped = painted(at={13: stop(KeyboardInterrupt(signal.SIGTERM))})
     assert stopped.code == 143 and '--resume goes on from there' in stopped.out
     assert len(painted('--resume').asked) == 27
+
+
+@pytest.mark.parametrize('where', ['write_log', 'write_picture', 'settle'])
+def test_a_signal_between_evaluations_waits_until_all_know_of_the_last(doodle, painted, monkeypatch, where):
+    whole, calls, owner = painted('--random-seed=3'), [], doodle if where == 'write_picture' else doodle.Journal
+    function = getattr(owner, where)
+
+    def signalled(*arguments):
+        function(*arguments)
+        calls.append(signal.raise_signal(signal.SIGTERM) if len(calls) == 3 else None)
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, where, signalled)
+        stopped = painted('--random-seed=3')
+    assert stopped.code == 143 and 'Traceback' not in stopped.err
+    again = painted('--resume')
+    assert again.log[1:] == whole.log[1:] and len(stopped.asked) + len(again.asked) == 40
+    assert stopped.history + again.history == whole.history
 
 
 def test_an_interruption_right_after_resuming_loses_nothing(painted):
