@@ -854,8 +854,9 @@ def memory_needed(size, style_size, options):
     names, style = layer_names('vgg19'), floats(options.style_layers)
     network = floats(names[:max(map(names.index, options.style_layers + options.content_layers)) + 1])
     patched = style if options.method != 'gatys' else 0
-    return (495e6 + (1.45 * network + 1.35 * style + 1.5 * patched) * math.prod(size) +
-            2.7 * patched * copy_count(options) * math.prod(style_size))
+    painting = ((1.45 * network + 1.35 * style + 1.5 * patched) * math.prod(size) +
+                2.7 * patched * copy_count(options) * math.prod(style_size))
+    return max(570e6, 430e6 + painting)                                 # at first for the weights and their compilation
 
 
 def check_memory(size, style_size, options):
