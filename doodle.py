@@ -2298,6 +2298,8 @@ class Minimiser:
         evaluate : callable
             x -> (loss, gradient), arrays of the shape of the image.
         evaluations : int
+        say : callable
+            Is given the line that tells of a new start.
 
         Raises
         ------
@@ -2328,6 +2330,7 @@ class Minimiser:
                 self.image = self.x.reshape(shape).copy()
             elif self.task[0]:                                          # a line search found nothing
                 self.start()
+            # Without tolerances (0., 0.) it never ends by itself; a line search has 20 evaluations at most, like SciPy.
             lbfgsb.setulb(self.CORRECTIONS, self.x, *bounds, self.loss, self.gradient, 0., 0., self.work, self.indices,
                           self.task, self.logicals, self.integers, self.doubles, 20, self.line_task)
 
@@ -2364,7 +2367,7 @@ def paint(objective, inputs, options, random_seed, journal):
         objective.set_phase(
             None if inputs.content is None else planes(resized(inputs.content, size, Image.LANCZOS)),
             planes(style), inputs.content_map, inputs.style_map, size)
-        if not journal.arrays:                                          # else a checkpoint has it
+        if not journal.state:                                           # else the checkpoint had it
             journal.minimiser = Minimiser(first_image(inputs, options, size, random_seed) if journal.minimiser is None
                                           else enlarged(journal.minimiser.image, size))
         journal.begin(phase, size, objective)
@@ -2541,11 +2544,13 @@ def explained(inputs, weights, options, random_seed):
 
 
 def read_checkpoint(path, header):
-    """What the run of this `header` left at `path`: its state, and arrays by name; UserError if another run did."""
+    """What the run of this `header` left at `path`: state, minimiser, arrays by name; UserError if another run did."""
     try:
         with open(path, 'rb') as file:
             state = json.loads(str(np.load(file)))
             arrays = {name: np.load(file) for name in state['arrays']}
+        minimiser = Minimiser(arrays['image'])
+        vars(minimiser).update((name, arrays.pop(name)) for name in tuple(vars(minimiser)))
         then, now = state['header'], header
         seed = then['random_seed'] if now['random_seed'] is None else now['random_seed']
         pairs = {'--' + name.replace('_', '-'): (then['options'][name], value)
@@ -2562,7 +2567,7 @@ def read_checkpoint(path, header):
             values = f': {before} then, {after} now' if name.startswith('--') else ''
             raise UserError(f'{path!r} is of a run in which {name} was another{values}.',
                             'resume with what it was, or leave --resume out to start anew')
-    return state, arrays
+    return state, minimiser, arrays
 
 
 def remembered(objective):
@@ -2582,18 +2587,15 @@ class Journal:
     size : (width, height) of the result
     header : dict
         The log's first line: what explains the run.
-    checkpoint : (dict, dict of str to array) or None
-        State and arrays of the run to go on with.
+    checkpoint : (dict, Minimiser, dict of str to array) or None
+        What `read_checkpoint` gives of the run to go on with.
     """
 
     def __init__(self, options, size, header, checkpoint=None):
         self.options, self.size, self.header, self.saved, self.told = options, size, header, None, set()
-        self.state, self.arrays = checkpoint or ({}, {})
+        self.state, self.minimiser, self.arrays = checkpoint or ({}, None, {})
         self.number, self.phase = self.state.get('number', 0), self.state.get('phase', 0)
-        self.objective, self.minimiser, self.frames, self.settled, self.signal = None, None, None, True, None
-        if self.arrays:
-            self.minimiser = Minimiser(self.arrays['image'])
-            vars(self.minimiser).update((name, self.arrays[name]) for name in vars(self.minimiser))
+        self.objective, self.frames, self.settled, self.signal = None, None, True, None
         if self.state and self.state['header']['options']['frames'] == options.frames:
             self.frames = self.state['frames']
         self.bar = tqdm(total=options.phases * options.iterations, initial=self.number,
@@ -2658,10 +2660,10 @@ class Journal:
     def begin(self, phase, size, objective):
         """A phase starts."""
         self.settled, self.phase, self.objective = False, phase, objective
-        self.error, self.evaluation = self.state.pop('error', 255.), self.state.pop('evaluation', 0)
-        for name, variable in remembered(objective).items() if self.arrays else ():
+        self.error, self.evaluation = self.state.get('error', 255.), self.state.get('evaluation', 0)
+        for name, variable in remembered(objective).items() if self.state else ():
             variable.set_value(self.arrays[name])
-        objective.fresh, self.arrays = not self.evaluation, {}
+        objective.fresh, self.state = not self.evaluation, {}
         scale = 1 / 2 ** (self.options.phases - 1 - phase)
         self.say(f'\n{bold(f"Phase #{phase}")}: resolution {size[0]}x{size[1]}  scale {scale}')
         for layer in objective.style_layers:

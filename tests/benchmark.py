@@ -204,7 +204,7 @@ def main():
             times[name]['search'].append(seconds(form.search, *queries[name]))
             times[name]['evaluation'].append(seconds(form.evaluate, x))
     median = {name: {part: float(np.median(t)) for part, t in parts.items()} for name, parts in times.items()}
-    counts = doodle.operations(*(picture.shape[:0:-1] for picture in pair), ['4_2'], options.style_layers)
+    counts = doodle.operations(*(picture.shape[:0:-1] for picture in pair[:2]), ['4_2'], options.style_layers)
     operations = {part: count / 1e9 for part, count in zip(('network', 'search'), counts)}
     again = ['--weights', a.weights]
 

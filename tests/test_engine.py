@@ -1,5 +1,7 @@
 """The engine's two Ops against the plain formulas and against brute force, over odd, prime and tiny shapes."""
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -136,3 +138,10 @@ def test_a_whole_run_is_that_of_the_plain_formulas(doodle, evaluations, choices)
         return ours.total, ours.gradient
     doodle.Minimiser(content + np.random.default_rng(0).normal(size=content.shape)).run(evaluate, evaluations)
     assert compared > 1.5 * evaluations                                                     # of 2 layers each
+
+
+def test_the_benchmark_measures_and_compares():
+    printed = subprocess.run([sys.executable, ROOT / 'tests/benchmark.py', '--rounds=1', '--size=64x48', '--skip=torch'],
+                             capture_output=True, text=True, check=True).stdout
+    for row in ('| engine |', '| engine / plain |', '| plain |', '| 32x24 |', 'GFLOPS by the count'):
+        assert printed.count(row) == 1

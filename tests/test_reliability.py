@@ -185,7 +185,7 @@ def test_what_changes_nothing_in_the_picture_may_differ(painted):
     assert again.code == 0 and len(again.asked) == 30 and '0010.png' in os.listdir('more')
 
 
-@pytest.mark.parametrize('content', [b'', b'no checkpoint', None, 'objects', 'empty'])
+@pytest.mark.parametrize('content', [b'', b'no checkpoint', None, 'objects', 'empty', 'lacking'])
 def test_a_broken_checkpoint_is_refused_and_kept(painted, content):
     with pytest.raises(Killed):
         painted(at={12: stop(Killed)})
@@ -194,6 +194,15 @@ def test_a_broken_checkpoint_is_refused_and_kept(painted, content):
             np.save(file, np.array([print], dtype=object))
     elif content == 'empty':
         np.savez(open(CHECKPOINT, 'wb'), image=np.zeros(3))
+    elif content == 'lacking':
+        with open(CHECKPOINT, 'r+b') as file:
+            state = json.loads(str(np.load(file)))
+            arrays = {name: np.load(file) for name in state['arrays']}
+            file.truncate(0)
+            file.seek(0)
+            del arrays['work']
+            for array in (json.dumps(state | {'arrays': list(arrays)}), *arrays.values()):
+                np.save(file, array)
     else:
         with open(CHECKPOINT, 'r+b') as file:
             whole = file.read()
