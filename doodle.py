@@ -47,6 +47,7 @@ import bz2
 import contextlib
 import ctypes
 import fcntl
+import fnmatch
 import hashlib
 import http.client
 import importlib
@@ -2494,7 +2495,11 @@ def written_whole(path):
     """A binary file that appears at `path` whole, at the end of the block, or not at all."""
     folder = os.path.dirname(path) or '.'
     os.makedirs(folder, exist_ok=True)                                  # it may have vanished since it was checked
-    temporary = tempfile.NamedTemporaryFile(dir=folder, prefix='.doodle-', delete=False)
+    prefix = f'.doodle-{zlib.crc32(os.fsencode(os.path.abspath(path))):08x}-'
+    with contextlib.suppress(OSError):
+        for name in fnmatch.filter(os.listdir(folder), prefix + '*'):   # a run that was killed left it
+            os.unlink(os.path.join(folder, name))
+    temporary = tempfile.NamedTemporaryFile(dir=folder, prefix=prefix, delete=False)
     try:
         with temporary as file:
             yield file

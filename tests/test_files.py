@@ -96,6 +96,16 @@ def test_a_doodle_has_the_size_of_its_map_and_replaces_its_output(painted, tmp_p
     assert doodled.header['shapes']['map_channels'] == 3 and doodled.log[0]['content'] == {}
 
 
+def test_what_a_killed_run_left_of_a_file_goes_with_the_next(doodle, tmp_path):
+    folder, code = tmp_path / 'run', 'import doodle, os; w = doodle.written_whole({!r}); w.__enter__(); os._exit(9)'
+    for name in ('a', 'b'):
+        subprocess.run([sys.executable, '-c', code.format(str(folder / name))], cwd=ROOT)
+    assert len(list(folder.iterdir())) == 2
+    with doodle.written_whole(str(folder / 'a')) as file:
+        file.write(b'whole')
+    assert len(list(folder.iterdir())) == 2 and (folder / 'a').read_bytes() == b'whole'
+
+
 def test_a_picture_is_written_whole_or_not_at_all(doodle, tmp_path, monkeypatch):
     path = tmp_path / 'a.png'
     path.write_bytes(b'the one before')
