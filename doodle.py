@@ -19,7 +19,7 @@
 
 The file reads the way the data flows:
 options -> images and maps -> weights -> devices -> network -> automatic maps -> matching -> losses ->
-engine -> objective -> optimisation -> files.
+engine -> objective -> optimisation -> files -> run.
 
 Names kept to everywhere:
 
@@ -548,10 +548,10 @@ def read_inputs(options):
     UserError
         Whatever is missing, broken, or does not fit together.
     """
-    remarks, painted = [], None if options.seed in ('noise', 'content') else options.seed
+    remarks, seed_path = [], None if options.seed in ('noise', 'content') else options.seed
     maps = [map_path(path, options.semantic_ext) for path in (options.content or options.output, options.style)]
     previews = map(preview_path, maps) if options.auto_maps else ()
-    check_written(options, [options.content, options.style, painted, *maps, *previews, options.weights])
+    check_written(options, [options.content, options.style, seed_path, *maps, *previews, options.weights])
     for flag, path in (('--frames', options.frames if options.save_every else None), ('--log', options.log)):
         if path and mounts() is not None and not mount_of(path):
             remarks.append(bold(f'WARNING: {flag} {path!r} is on no mounted folder, and is lost with the container. '
@@ -578,8 +578,8 @@ def read_inputs(options):
                         'leave --output-size out')
     if options.seed == 'content' and content is None:
         raise UserError('--seed=content needs a content picture.', 'add --content, or use --seed=noise')
-    if painted:
-        seed = read_picture(painted)
+    if seed_path:
+        seed = read_picture(seed_path)
     if content is None:
         remarks.append('No content picture: the result depends on style, map and seed only.')
     size = options.output_size or (style if shape is None else shape).shape[1::-1]
@@ -2728,6 +2728,8 @@ def progress_line(number, evaluation, error, seconds):
             by_layer('style', evaluation.style) + f'   quality {100 - 100 * math.sqrt(error / 255):>4.1f}%'
             f'   time {seconds:.1f}s')
 
+
+# ---- run -------------------------------------------------------------------------------------------------------------
 
 def operations(size, style_size, layers, patched):
     """Multiplications and additions of an evaluation, in direct form: the network, there and back, and the matching."""
