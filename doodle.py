@@ -2497,10 +2497,14 @@ def written_whole(path):
     os.makedirs(folder, exist_ok=True)                                  # it may have vanished since it was checked
     prefix = f'.doodle-{zlib.crc32(os.fsencode(os.path.abspath(path))):08x}-'
     with contextlib.suppress(OSError):
-        for name in fnmatch.filter(os.listdir(folder), prefix + '*'):   # a run that was killed left it
-            os.unlink(os.path.join(folder, name))
+        for name in fnmatch.filter(os.listdir(folder), prefix + '*'):
+            with open(os.path.join(folder, name)) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # no run holds it: one that was killed left it
+                os.unlink(file.name)
     temporary = tempfile.NamedTemporaryFile(dir=folder, prefix=prefix, delete=False)
     try:
+        with contextlib.suppress(OSError):                              # not on every file system
+            fcntl.flock(temporary, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with temporary as file:
             yield file
         os.chmod(temporary.name, 0o666 & ~UMASK)                        # temporary files are for their owner alone

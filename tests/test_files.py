@@ -106,6 +106,16 @@ def test_what_a_killed_run_left_of_a_file_goes_with_the_next(doodle, tmp_path):
     assert len(list(folder.iterdir())) == 2 and (folder / 'a').read_bytes() == b'whole'
 
 
+def test_what_another_run_is_writing_stays(doodle, tmp_path):
+    path = tmp_path / 'a'
+    with doodle.written_whole(str(path)) as slow:
+        with doodle.written_whole(str(path)) as quick:
+            quick.write(b'the first')
+        slow.write(b'the last')
+        assert path.read_bytes() == b'the first'
+    assert contents(tmp_path) == {path.relative_to(tmp_path): b'the last'}
+
+
 def test_a_picture_is_written_whole_or_not_at_all(doodle, tmp_path, monkeypatch):
     path = tmp_path / 'a.png'
     path.write_bytes(b'the one before')
