@@ -255,12 +255,11 @@ def parse_options(arguments):
             how = dict(action='store_true') if kind is bool else dict(type=kind, default=default, metavar=value)
             group.add_argument(flag, **how, help=meaning + others + (f' (default: {default})' if default else ''))
     own = METHODS[parser.parse_args(arguments).method]
-    parser.set_defaults(**own)
+    parser.set_defaults(**{name: default or 0 for name, default in own.items()})
     options = parser.parse_args(arguments)
-    for name in (name for name, default in own.items() if default is None):
-        if getattr(options, name):
+    for name, default in own.items():
+        if default is None and getattr(options, name):
             raise UserError(f'--method={options.method} has no --{name.replace("_", "-")}.', 'leave one of them out')
-        setattr(options, name, 0)
     for flag, kind, *_ in sum(OPTIONS.values(), ()):
         if kind is str and flag != '--semantic-ext' and getattr(options, attribute(flag)) == '':
             raise UserError(f'{flag} is empty.', 'give a path, or leave it out')
@@ -281,7 +280,6 @@ def one_line(error):
 
 def say(text=''):
     """A line for the person watching, in whatever characters the terminal has."""
-    sys.stdout = sys.stdout or open(os.devnull, 'w')                    # None where it was closed
     encoding = sys.stdout.encoding or 'utf-8'
     try:
         print(text.encode(encoding, 'backslashreplace').decode(encoding), flush=True)
@@ -311,13 +309,19 @@ def import_pillow():
     import numpy as np
     from PIL import Image, ImageOps
     from tqdm import tqdm
-    warnings.simplefilter('ignore', Image.DecompressionBombWarning)     # twice as many are still refused, and take
-    Image.MAX_IMAGE_PIXELS = min(Image.MAX_IMAGE_PIXELS, memory_limit() // 40)      # 18 bytes each
+    # Pillow warns beyond this many pixels and refuses twice as many; to read one takes 18 bytes.
+    warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+    Image.MAX_IMAGE_PIXELS = min(Image.MAX_IMAGE_PIXELS, memory_limit() // 40)
 
 
 def map_path(path, extension):
     """``dir/name.jpg`` -> ``dir/name_sem.png``."""
     return os.path.splitext(path)[0] + extension
+
+
+def map_paths(options):
+    """Where the maps are to be found: of the content, or else of the output, which is a doodle, and of the style."""
+    return [map_path(path, options.semantic_ext) for path in (options.content or options.output, options.style)]
 
 
 def read_picture(path):
@@ -465,23 +469,23 @@ def legend(maps):
     """
     classes = map_classes(list(maps.values()))                                              # (K, 3)
     codes = {name: colour_codes(colours) for name, colours in maps.items()}
-    lines, warnings = [], []
+    lines, odd = [], []
     for colour, code in zip(classes.astype(int), colour_codes(classes).astype(int)):
         shares = {name: (code == codes[name]).mean() for name in maps}
         lines.append(f'{swatch(colour)}#{code:06x}  ' +
                      '  '.join(f'{name} {share:6.1%}' for name, share in shares.items()))
         present = [name for name, share in shares.items() if share >= 0.001]
         if len(present) < len(maps):
-            warnings.append(f'#{code:06x} is in the map of the {present[0]} only: what it covers has no counterpart. '
+            odd.append(f'#{code:06x} is in the map of the {present[0]} only: what it covers has no counterpart. '
                             'FIX: paint it in both maps')
     for name, colours in codes.items():
         between = 1 - np.isin(colours, colour_codes(classes)).mean()
         if between > 0.01:
-            warnings.append(f'{between:.1%} of the map of the {name} lies between its colours, as where brushes are '
+            odd.append(f'{between:.1%} of the map of the {name} lies between its colours, as where brushes are '
                             'soft. FIX: paint without anti-aliasing, and save as PNG')
     if len(classes) > 16:
-        warnings.append(f'The maps have {len(classes)} colours. FIX: a few large parts, each of one colour')
-    return lines + [bold(f'WARNING: {text}.') for text in warnings]
+        odd.append(f'The maps have {len(classes)} colours. FIX: a few large parts, each of one colour')
+    return lines + [bold(f'WARNING: {text}.') for text in odd]
 
 
 def pooled_map(channels, size, layer):
@@ -509,13 +513,12 @@ def phase_size(size, phase, phases):
     return tuple(side >> phases - 1 - phase for side in size)
 
 
-def read_maps(options, content, style):
-    """The maps of both pictures, (H, W, K) uint8 arrays, or None where none are wanted; and remarks."""
+def read_maps(options, paths, content, style):
+    """The maps at `paths` of both pictures, (H, W, K) uint8 arrays, or None where none are wanted; and remarks."""
     if options.method != 'champandard':
         return None, None, [f'Method {options.method}, which reads no semantic maps.']
     pictures = {'content': (options.content, content), 'style': (options.style, style)}
-    paths = {'content': map_path(options.content or options.output, options.semantic_ext),
-             'style': map_path(options.style, options.semantic_ext)}
+    paths = dict(zip(pictures, paths))
     found = [name for name in paths if options.semantic_weight and os.path.exists(paths[name])]
     if not found:
         return None, None, ['No semantic maps: patches are matched by their features alone.']
@@ -549,7 +552,7 @@ def read_inputs(options):
         Whatever is missing, broken, or does not fit together.
     """
     remarks, seed_path = [], None if options.seed in ('noise', 'content') else options.seed
-    maps = [map_path(path, options.semantic_ext) for path in (options.content or options.output, options.style)]
+    maps = map_paths(options)                                           # before the output finds another place
     previews = map(preview_path, maps) if options.auto_maps else ()
     check_written(options, [options.content, options.style, seed_path, *maps, *previews, options.weights])
     for flag, path in (('--frames', options.frames if options.save_every else None), ('--log', options.log)):
@@ -565,7 +568,7 @@ def read_inputs(options):
     remarks.append(f'Loading `{options.style}` for style data.')
 
     if not missing_maps(options):                                       # else they are painted and read later
-        content_map, style_map, lines = read_maps(options, content, style)
+        content_map, style_map, lines = read_maps(options, maps, content, style)
         remarks += lines
     if options.rotations or options.scales:
         count = copy_count(options)
@@ -710,8 +713,8 @@ def read_weights(path):
     names = names[:max([names.index(name) + 1 for name in layers if name in names], default=1)]
     for before, name in zip([3, *map(filters, names)], names):
         shapes = [(filters(name), before, 3, 3), (filters(name),)]
-        if name not in layers or [array.shape for array in layers[name]] != shapes:
-            found = [array.shape for array in layers[name]] if name in layers else 'nothing'
+        found = [array.shape for array in layers.get(name, ())] or 'nothing'
+        if found != shapes:
             raise UserError(f'{path!r}: conv{name} should have arrays of {shapes}, but there is {found}.', fix)
 
     remark = f'{path!r} is not a known VGG network: its colours and filters are taken as they lie.'
@@ -734,9 +737,8 @@ def download(address, part):
         request = urllib.request.Request(address, headers={'Range': f'bytes={have}-'} if have else {})
         with urllib.request.urlopen(request, timeout=PATIENCE) as response:
             have = have if response.status == 206 else 0
-            with open(part, 'ab' if have else 'wb') as file, \
-                    tqdm(total=KERAS['bytes'], initial=have, unit='B', unit_scale=True, desc='VGG19',
-                         disable=not sys.stderr.isatty()) as bar:
+            with open(part, 'ab' if have else 'wb') as file, tqdm(
+                    total=KERAS['bytes'], initial=have, unit='B', unit_scale=True, desc='VGG19', disable=None) as bar:
                 while file.tell() <= KERAS['bytes'] and (piece := response.read(1 << 16)):
                     bar.update(file.write(piece))
     if os.path.getsize(part) < KERAS['bytes']:
@@ -765,9 +767,9 @@ def fetch_vgg19():
     with open(os.path.join(folder, 'lock'), 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)                                # of several runs at once one fetches
         troubles = []
+        if os.path.exists(path):
+            return path
         for address in (*os.environ.get('DOODLE_ADDRESSES', '').split(), *ADDRESSES):
-            if os.path.exists(path):
-                break
             say(f'  - Fetching VGG19 from {address} ..')
             try:
                 download(address + KERAS['file'], part)
@@ -779,9 +781,8 @@ def fetch_vgg19():
             with written_whole(path) as file:
                 np.savez(file, **arrays)
             os.unlink(part)
-    if not os.path.exists(path):
-        raise OSError('; '.join(troubles))
-    return path
+            return path
+    raise OSError('; '.join(troubles))
 
 
 def find_weights(options):
@@ -1130,7 +1131,7 @@ def missing_maps(options):
     if not options.content or not options.semantic_weight or not options.semantic_ext.lower().endswith('.png'):
         raise UserError('--auto-maps needs a content picture, maps that are read, and maps that end in .png.',
                         'add --content, leave out --semantic-weight=0 or --method, or let --semantic-ext end in .png')
-    pictures = {map_path(path, options.semantic_ext): path for path in (options.content, options.style)}
+    pictures = dict(zip(map_paths(options), (options.content, options.style)))
     if len(pictures) == 1:
         raise UserError(f'{options.content!r} and {options.style!r} would have one map.', 'rename one of them')
     missing = {path: picture for path, picture in pictures.items() if not os.path.exists(path)}
@@ -1357,19 +1358,17 @@ def automatic_maps(pictures, maps, count, weights, fast):
 
 def paint_maps(options, missing, weights, fast):
     """Paint and write the maps that are `missing`, each with a preview, and say so."""
-    paths = options.content, options.style
-    map_paths = [map_path(path, options.semantic_ext) for path in paths]
+    paths, targets = (options.content, options.style), map_paths(options)
     pictures = [read_picture(path) for path in paths]
     maps = [None if target in missing else read_map(target, path, picture)
-            for target, path, picture in zip(map_paths, paths, pictures)]
-    for target, colours in zip(map_paths, maps):
+            for target, path, picture in zip(targets, paths, pictures)]
+    for target, colours in zip(targets, maps):
         if colours is not None and not len(map_classes([colours])):
             raise UserError(f'{target!r} has no colour that covers 0.1 % of it.', 'paint a few parts in flat colours')
-    for target, picture, colours in zip(map_paths, pictures, automatic_maps(
+    for target, picture, colours in zip(targets, pictures, automatic_maps(
             pictures, maps, options.auto_maps, weights, fast)):
         if target in missing:
-            preview = preview_path(target)
-            written = {target: colours, preview: np.uint8((picture.astype(int) + colours) // 2)}
+            written = {target: colours, preview_path(target): np.uint8((picture.astype(int) + colours) // 2)}
             written = {path: pixels for path, pixels in written.items() if not os.path.exists(path)}
             for path, pixels in written.items():
                 write_picture(pixels, path)
@@ -2020,19 +2019,10 @@ def define_ops():
             """Forward x (H, W, C), filters, bias (K,), turned filters; backward dy, y (H, W, K), turned filters, x."""
             return self.apply(inputs, (3, 3, 2, 3) if self.backward else (3, 2, 1, 2), [T.ftensor3()])
 
-        def infer_shape(self, node, shapes):
-            if self.backward:
-                return [shapes[3]]
-            (H, W, _), (K,) = shapes[0], shapes[2]
-            return [(H // 2, W // 2, K) if self.pool else (H, W, K)]
-
-        def connection_pattern(self, node):
-            return [[True], [False], [False], [False]]
-
         def L_op(self, inputs, outputs, gradients):
-            x, _, _, turned = inputs
+            x, *_, turned = inputs
             dx = Convolution(self.pool, True)(gradients[0], outputs[0], turned, x)
-            return [dx] + [theano.gradient.DisconnectedType()() for _ in inputs[1:]]
+            return [dx] + [theano.gradient.grad_undefined(self, k, inputs[k]) for k in (1, 2, 3)]
 
         def c_code(self, node, name, inputs, outputs, sub):
             function, inputs = ('backward', inputs) if self.backward else ('forward', inputs[:3])
@@ -2053,12 +2043,6 @@ def define_ops():
         def make_node(self, u, v, a, b, *penalty):
             """With `penalty` ((h - 2) (w - 2),) there is a second output: the largest S(i, j) of each j, without it."""
             return self.apply((u, v, a, b, *penalty), (3, 3, 1, 1, 1), [T.lvector()] + [T.fvector() for _ in penalty])
-
-        def infer_shape(self, node, shapes):
-            return [((H - 2) * (W - 2),) for H, W, _ in shapes[:len(node.outputs)]]
-
-        def grad(self, inputs, gradients):
-            return [theano.gradient.grad_undefined(self, k, variable) for k, variable in enumerate(inputs)]
 
         def c_code(self, node, name, inputs, outputs, sub):
             missing = ['NULL'] * (5 - len(inputs))
@@ -2101,21 +2085,16 @@ Evaluation = namedtuple('Evaluation', 'total content style smooth gradient secon
 
 
 def depth_first(graph):
-    """The order in which Theano runs a graph's nodes, each value just before its use: its own keeps more of them."""
-    order, done, stack = [], set(), [variable.owner for variable in reversed(graph.outputs)]
+    """The order in which Theano runs a graph's nodes, each value just before its use: its own keeps more alive."""
+    order, stack = {}, [variable.owner for variable in reversed(graph.outputs) if variable.owner]
     before = graph.orderings()                                          # who reads what a node overwrites
     while stack:
-        node = stack[-1]
-        if node is None or node in done:
-            stack.pop()
-            continue
-        needed = [variable.owner for variable in node.inputs] + list(before.get(node, ()))
-        needed = [other for other in needed if other and other not in done]
+        needed = [variable.owner for variable in stack[-1].inputs] + list(before.get(stack[-1], ()))
+        needed = [node for node in needed if node and node not in order]
         if not needed:
-            order.append(node)
-            done.add(node)
+            order[stack.pop()] = True
         stack += needed[::-1]
-    return order
+    return list(order)
 
 
 class Objective:
@@ -2251,10 +2230,9 @@ class Objective:
         self.fresh = not np.isfinite(terms).all() or not np.isfinite(gradient).all()         # then none of it is kept
         if self.fresh:
             raise FloatingPointError('the loss or its gradient is not finite')
-        terms = list(map(float, terms))
-        smooth, style, content = terms[0], terms[1:][:len(self.style)], terms[1 + len(self.style):]
-        return Evaluation(sum(terms), dict(zip(self.target, content)), dict(zip(self.style, style)), smooth,
-                          np.float64(gradient), time.perf_counter() - start,
+        smooth, *losses = terms = list(map(float, terms))
+        content, style = dict(zip(self.target, losses[len(self.style):])), dict(zip(self.style, losses))
+        return Evaluation(sum(terms), content, style, smooth, np.float64(gradient), time.perf_counter() - start,
                           self.matching_seconds() - matched if self.fast else None)
 
     def matching_seconds(self):
@@ -2446,10 +2424,8 @@ def check_written(options, read):
     """Refuse what would overwrite an input or could not be written at the end; make the missing folders."""
     folders = {'--frames': options.frames} if options.save_every else {}
     place_output(options)
-    for flag, path in (('--output', options.output), ('--output', options.copy), ('--log', options.log),
-                       ('--output', options.checkpoint)):
-        if path is None:
-            continue
+    outputs = list(filter(None, (options.output, options.copy, options.checkpoint)))
+    for flag, path in [('--output', path) for path in outputs] + [('--log', options.log)] * bool(options.log):
         if any(same_file(path, other) for other in read if other):
             raise UserError(f'{flag} {path!r} is one of the inputs and would overwrite it.', f'choose another {flag}')
         if os.path.isdir(path):
@@ -2457,8 +2433,7 @@ def check_written(options, read):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(path)                                               # a name may be too long
         folders[flag] = os.path.dirname(path) or '.'
-    if options.log and any(same_file(options.log, path)
-                           for path in (options.output, options.copy, options.checkpoint) if path):
+    if options.log and any(same_file(options.log, path) for path in outputs):
         raise UserError('--log is the same file as the output or its checkpoint.', 'choose another --log')
     image_format(options.output)
     for flag, folder in folders.items():
@@ -2498,7 +2473,7 @@ def written_whole(path):
     prefix = f'.doodle-{zlib.crc32(os.fsencode(os.path.abspath(path))):08x}-'
     with contextlib.suppress(OSError):
         for name in fnmatch.filter(os.listdir(folder), prefix + '*'):
-            with open(os.path.join(folder, name)) as file:
+            with contextlib.suppress(BlockingIOError), open(os.path.join(folder, name)) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # no run holds it: one that was killed left it
                 os.unlink(file.name)
     temporary = tempfile.NamedTemporaryFile(dir=folder, prefix=prefix, delete=False)
@@ -2607,8 +2582,7 @@ class Journal:
         self.objective, self.frames, self.settled, self.signal = None, None, True, None
         if self.state and self.state['header']['options']['frames'] == options.frames:
             self.frames = self.state['frames']
-        self.bar = tqdm(total=options.phases * options.iterations, initial=self.number,
-                        disable=not sys.stderr.isatty(), leave=False)
+        self.bar = tqdm(total=options.phases * options.iterations, initial=self.number, disable=None, leave=False)
         self.log, self.unwritten = None, b''
         if self.state and options.log and os.path.isfile(options.log):
             with open(options.log, 'r+b') as file:                      # what was logged until the checkpoint stays
@@ -2775,7 +2749,7 @@ def interrupt(number, frame):
     """Signal handler: leave whatever runs, to save what there is, once."""
     for again in (signal.SIGINT, signal.SIGTERM):
         signal.signal(again, signal.SIG_IGN)
-    raise KeyboardInterrupt(number)                                     # itself: Theano wraps all others in its words
+    raise KeyboardInterrupt(number)                                     # no subclass: Theano would wrap it in its own words
 
 
 def run(arguments):
@@ -2822,7 +2796,7 @@ def run(arguments):
             inputs.size, style_size, options.style_layers, theano.gpuarray.get_context(None).free_gmem)
     if missing:
         paint_maps(options, missing, weights, used == 'cpu')
-        content_map, style_map, lines = read_maps(options, inputs.content, inputs.style)
+        content_map, style_map, lines = read_maps(options, map_paths(options), inputs.content, inputs.style)
         inputs, remarks = inputs._replace(content_map=content_map, style_map=style_map), remarks + lines
     elif options.auto_maps:
         remarks.append('Both maps are there: nothing to paint.')
@@ -2867,6 +2841,7 @@ def run(arguments):
 
 def main(arguments):
     """Run the program; errors become one clear line and an exit code."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))  # None: closed
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     try:

@@ -141,7 +141,8 @@ def test_the_run_goes_on_on_the_cpu(tmp_path):
     make_nvidia(tmp_path, (12, 8), (12, 4), [(12, 0)])
     (tmp_path / 'pygpu.py').touch()
     code = ('import doodle, sys; doodle.Objective = lambda *_: sys.exit("stop"); '
-            'doodle.main(["--style=samples/gravel.png", "--device=gpu0", "--network=vgg16", "--save-every=0"])')
+            'doodle.main(["--style=samples/gravel.png", "--device=gpu0", "--network=vgg16", "--save-every=0", '
+            f'"--output={tmp_path}/output.png"])')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT,
                           env=os.environ | {'LD_LIBRARY_PATH': str(tmp_path), 'PYTHONPATH': str(tmp_path)})
     warning, = re.findall('^WARNING.*$', done.stdout, re.MULTILINE)

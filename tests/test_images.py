@@ -437,6 +437,17 @@ def test_frames_and_log_that_would_be_lost_with_a_container_are_told(pictures, m
         assert warnings == lost
 
 
+def test_the_map_of_a_doodle_stays_where_it_is_when_the_output_finds_another_place(pictures, monkeypatch):
+    os.mkdir('frames')                                                  # all that can be written in a container
+    frames = os.path.abspath('frames')
+    monkeypatch.setattr(doodle, 'mounts', lambda: {frames: '/'})
+    monkeypatch.setattr(os, 'access', lambda path, mode: os.path.abspath(path) == frames)
+    options = doodle.parse_options(['--style=tiny_style.png', '--output=tiny_target.png', '--phases=1'])
+    read, _ = doodle.read_inputs(options)
+    assert options.output == os.path.join(frames, 'tiny_target.png') and read.size == (56, 64)
+    assert read.content_map is not None
+
+
 # ---- the image that is painted ---------------------------------------------------------------------------------------
 
 def first_image(*arguments, size=(12, 8), random_seed=1):

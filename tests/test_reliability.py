@@ -338,13 +338,12 @@ def test_a_full_log_does_not_end_a_run(painted):
 
 
 def test_a_terminal_that_takes_no_more_does_not_end_a_run(tmp_path):
-    code = ('import doodle, sys\n'
-            'doodle.say("lost"); doodle.say("lost, too")\n'
-            'print("on", file=sys.stderr)')
-    for redirected in ('>/dev/full', '>&-', '| true'):
-        done = subprocess.run(['bash', '-c', f'"$0" -c "$1" {redirected}', sys.executable, code], capture_output=True,
-                              text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
-        assert (done.returncode, done.stderr) == (0, 'on\n'), redirected
+    command = [ROOT / 'doodle.py', f'--style={FOLDER / "texture_style.png"}', '--network=vgg16', '--semantic-weight=0',
+               '--phases=1', '--iterations=1', '--frames=.', '--style-layers=1_1']
+    for number, redirected in enumerate(('>/dev/full', '>&-', '| true', '2>&-', '>&- 2>&-')):
+        done = subprocess.run(['bash', '-c', f'"$0" "$@" --output={number}.png {redirected}', sys.executable, *command],
+                              capture_output=True, text=True, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, '') and (tmp_path / f'{number}.png').exists(), redirected
 
 
 # ---- divergence ------------------------------------------------------------------------------------------------------
