@@ -2277,6 +2277,7 @@ class Minimiser:
         evaluate : callable
             x -> (loss, gradient), arrays of the shape of the image.
         evaluations : int
+            One whose loss is no number does not count.
         say : callable
             Is given the line that tells of a new start.
 
@@ -2292,9 +2293,9 @@ class Minimiser:
             if self.task[0] == EVALUATE and not evaluations:
                 return
             if self.task[0] == EVALUATE:
-                evaluations -= 1
                 try:
                     loss, gradient = evaluate(self.x.reshape(shape))
+                    evaluations -= 1
                     if not loss <= self.limit:
                         raise FloatingPointError('the loss blew up')
                     self.loss, self.gradient = loss, gradient.ravel()
@@ -2355,8 +2356,16 @@ def paint(objective, inputs, options, random_seed, journal):
             journal.settle()
             if journal.number % min(options.save_every or 10, 10) == 0:
                 journal.write_checkpoint()
-            evaluation = objective(x)
-            journal.settled = False
+            fresh, known = objective.fresh, {v: v.get_value() for v in remembered(objective).values()}
+            try:
+                evaluation = objective(x)
+                journal.settled = False
+            except BaseException as error:                              # a signal may find the matches new already
+                for variable, value in known.items():
+                    variable.set_value(value)
+                diverged = isinstance(error, FloatingPointError)
+                objective.fresh, journal.settled = fresh or diverged, not diverged
+                raise
             journal.record(x, evaluation)
             return evaluation.total, evaluation.gradient
         journal.minimiser.run(evaluate, options.iterations - journal.evaluation, journal.say)
@@ -2471,19 +2480,24 @@ def written_whole(path):
     folder = os.path.dirname(path) or '.'
     os.makedirs(folder, exist_ok=True)                                  # it may have vanished since it was checked
     prefix = f'.doodle-{zlib.crc32(os.fsencode(os.path.abspath(path))):08x}-'
-    with contextlib.suppress(OSError):
-        for name in fnmatch.filter(os.listdir(folder), prefix + '*'):
-            with contextlib.suppress(BlockingIOError), open(os.path.join(folder, name)) as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # no run holds it: one that was killed left it
-                os.unlink(file.name)
-    temporary = tempfile.NamedTemporaryFile(dir=folder, prefix=prefix, delete=False)
-    try:
+    names = fnmatch.filter(os.listdir(folder), prefix + '*') if os.access(folder, os.R_OK) else ()
+    for name in names:
+        with contextlib.suppress(OSError), open(os.path.join(folder, name)) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # no run holds it: one that was killed left it
+            os.unlink(file.name)
+    while True:
+        temporary = tempfile.NamedTemporaryFile(dir=folder, prefix=prefix, delete=False)
         with contextlib.suppress(OSError):                              # not on every file system
-            fcntl.flock(temporary, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(temporary, fcntl.LOCK_EX)
+        if os.path.exists(temporary.name):                              # else it was taken for one of those
+            break
+        temporary.close()
+    try:
         with temporary as file:
             yield file
-        os.chmod(temporary.name, 0o666 & ~UMASK)                        # temporary files are for their owner alone
-        os.replace(temporary.name, path)
+            file.flush()
+            os.chmod(temporary.name, 0o666 & ~UMASK)                    # temporary files are for their owner alone
+            os.replace(temporary.name, path)                            # while it is held
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary.name)
@@ -2527,11 +2541,16 @@ def explained(inputs, weights, options, random_seed):
                     map_channels=0 if inputs.style_map is None else inputs.style_map.shape[2]))))
 
 
+# What a checkpoint has beside its arrays.
+STATE = 'header', 'number', 'phase', 'evaluation', 'error', 'frames', 'fresh', 'arrays'
+
+
 def read_checkpoint(path, header):
     """What the run of this `header` left at `path`: state, minimiser, arrays by name; UserError if another run did."""
     try:
         with open(path, 'rb') as file:
             state = json.loads(str(np.load(file)))
+            state = {name: state[name] for name in STATE}
             arrays = {name: np.load(file) for name in state['arrays']}
         minimiser = Minimiser(arrays['image'])
         vars(minimiser).update((name, arrays.pop(name)) for name in tuple(vars(minimiser)))
@@ -2539,6 +2558,8 @@ def read_checkpoint(path, header):
         seed = then['random_seed'] if now['random_seed'] is None else now['random_seed']
         pairs = {'--' + name.replace('_', '-'): (then['options'][name], value)
                  for name, value in now['options'].items() if name not in FREE}
+        if now['inputs']['seed']:                                       # a picture's path, which may be another
+            del pairs['--seed']
         pairs |= {f'the picture `{name}`': (then['inputs'][name], now['inputs'][name]) for name in now['inputs']}
         pairs |= {'the size': (then['shapes'], now['shapes']),
                   'the file of weights': (then['weights']['sha256'], now['weights']['sha256']),
@@ -2583,14 +2604,24 @@ class Journal:
         if self.state and self.state['header']['options']['frames'] == options.frames:
             self.frames = self.state['frames']
         self.bar = tqdm(total=options.phases * options.iterations, initial=self.number, disable=None, leave=False)
-        self.log, self.unwritten = None, b''
+        self.log, self.unwritten, kept = None, b'', 0
         if self.state and options.log and os.path.isfile(options.log):
-            with open(options.log, 'r+b') as file:                      # what was logged until the checkpoint stays
-                file.truncate(sum(map(len, file.readlines()[:self.number + 1])))
-            self.log = open(options.log, 'ab', buffering=0)
-        elif options.log:
-            self.log = open(options.log, 'wb', buffering=0)
-            self.write_log(header)
+            with open(options.log, 'rb') as file:
+                kept = sum(map(len, itertools.takewhile(self.is_before, file)))
+        if options.log:
+            self.log = open(options.log, 'ab' if kept else 'wb', buffering=0)
+            if kept:
+                self.log.truncate(kept)
+            else:
+                self.write_log(header)
+
+    def is_before(self, line):
+        """Whether a line of the log is whole, and its header or of an evaluation that the checkpoint knows."""
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            known = self.phase, self.state['evaluation']
+            return line.endswith(b'\n') and ('inputs' in entry or (entry['phase'], entry['evaluation']) < known)
+        return False
 
     @contextlib.contextmanager
     def spared(self, path):
@@ -2617,8 +2648,8 @@ class Journal:
             return
         arrays = vars(self.minimiser) | {name: variable.get_value()
                                          for name, variable in remembered(self.objective).items()}
-        state = dict(header=self.header, number=self.number, phase=self.phase, evaluation=self.evaluation,
-                     error=self.error, frames=self.frames, arrays=list(arrays))
+        state = dict(zip(STATE, (self.header, self.number, self.phase, self.evaluation, self.error, self.frames,
+                                 self.objective.fresh, list(arrays))))
         with self.spared(self.options.checkpoint), written_whole(self.options.checkpoint) as file:
             for array in (json.dumps(state), *arrays.values()):         # no .npz: zipfile has words of its own for a
                 np.save(file, array)                                    # full disk
@@ -2646,7 +2677,7 @@ class Journal:
         self.error, self.evaluation = self.state.get('error', 255.), self.state.get('evaluation', 0)
         for name, variable in remembered(objective).items() if self.state else ():
             variable.set_value(self.arrays[name])
-        objective.fresh, self.state = not self.evaluation, {}
+        objective.fresh, self.state = self.state.get('fresh', True), {}
         scale = 1 / 2 ** (self.options.phases - 1 - phase)
         self.say(f'\n{bold(f"Phase #{phase}")}: resolution {size[0]}x{size[1]}  scale {scale}')
         for layer in objective.style_layers:
@@ -2745,11 +2776,16 @@ def plan(inputs, options):
                     f'{memory_needed(inputs.size, style_size, options) / 1e9:.1f} GB in all.']
 
 
+def handle_signals(handler):
+    """Have Ctrl-C and `docker stop` handled so."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
 def interrupt(number, frame):
     """Signal handler: leave whatever runs, to save what there is, once."""
-    for again in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(again, signal.SIG_IGN)
-    raise KeyboardInterrupt(number)                                     # no subclass: Theano would wrap it in its own words
+    handle_signals(signal.SIG_IGN)
+    raise KeyboardInterrupt(number)                                     # itself: a subclass Theano would wrap
 
 
 def run(arguments):
@@ -2809,9 +2845,10 @@ def run(arguments):
     del weights, checkpoint                                             # network and journal have their own
     start = time.time()
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, journal.interrupt)
-        with contextlib.closing(journal.bar):
+        handle_signals(journal.interrupt)
+        with contextlib.ExitStack() as end:
+            end.callback(handle_signals, signal.SIG_IGN)                # what follows only saves
+            end.callback(journal.bar.close)
             if journal.number:
                 journal.say(f'  - Going on from `{options.checkpoint}`, after {journal.number} evaluations.')
             paint(objective, inputs, options, random_seed, journal)
@@ -2842,8 +2879,7 @@ def run(arguments):
 def main(arguments):
     """Run the program; errors become one clear line and an exit code."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))  # None: closed
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    handle_signals(interrupt)
     try:
         if sys.version_info[:2] != (3, 11):
             raise UserError(f'This is Python {sys.version_info[0]}.{sys.version_info[1]}, and the program needs 3.11.',
@@ -2851,8 +2887,8 @@ def main(arguments):
         return run(arguments)
     except UserError as error:
         problem, fix = error.args
-    except ModuleNotFoundError as error:
-        problem, fix = f'{error}.', 'install the packages: pip install -r requirements.txt'
+    except ImportError as error:
+        problem, fix = f'{one_line(error)}.', 'install the packages: pip install -r requirements.txt'
     except OSError as error:
         problem = f'{error.filename or "A file"}: {error.strerror or one_line(error)}.'
         fix = 'check the disk and its permissions'

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -114,6 +115,17 @@ def test_what_another_run_is_writing_stays(doodle, tmp_path):
         slow.write(b'the last')
         assert path.read_bytes() == b'the first'
     assert contents(tmp_path) == {path.relative_to(tmp_path): b'the last'}
+
+
+def test_many_may_write_one_file_at_once(doodle, tmp_path):
+    """None takes what another has just begun, or has just ended, for a leftover."""
+    def write(number):
+        with doodle.written_whole(str(tmp_path / 'a')) as file:
+            file.write(b'%d' % number)
+        return number
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(write, range(2000))) == list(range(2000))
+    assert os.listdir(tmp_path) == ['a']
 
 
 def test_a_picture_is_written_whole_or_not_at_all(doodle, tmp_path, monkeypatch):

@@ -195,6 +195,16 @@ def test_a_missing_package_is_a_sentence(tmp_path, name):
     assert name in problem and problem.startswith('ERROR') and 'pip install -r requirements.txt' in fix and code == '2'
 
 
+def test_a_broken_package_is_a_sentence(tmp_path):
+    (tmp_path / 'PIL').mkdir()
+    (tmp_path / 'PIL/__init__.py').write_text('raise ImportError("libjpeg.so.62: cannot open shared object file")')
+    printed = python('import doodle, sys\n'
+                     'sys.stderr = sys.stdout\n'
+                     'print(doodle.main(sys.argv[1:]))', '--style=samples/gravel.png', PYTHONPATH=str(tmp_path))
+    problem, fix, code = printed.splitlines()
+    assert problem == 'ERROR: libjpeg.so.62: cannot open shared object file.' and 'pip install' in fix and code == '2'
+
+
 def test_no_python_headers_are_a_sentence(tmp_path, monkeypatch):
     program.check_compiler()
     monkeypatch.setattr(program.sysconfig, 'get_paths', lambda: {'include': str(tmp_path)})
@@ -244,7 +254,9 @@ def test_the_headers_are_read_once(tmp_path):
            'from doodle import T, theano\n'
            'x = T.fvector()\n'
            'theano.function([x], x + 1)\n'
-           'open(os.path.join(theano.config.compiledir, "headers.h"), "w").write("#error")\n'
+           'header = os.path.join(theano.config.compiledir, "headers.h")\n'
+           'assert os.path.exists(header + ".gch")\n'
+           'open(header, "w").write("#error")\n'
            'theano.function([x], x * x - 3)', THEANO_FLAGS=f'base_compiledir={tmp_path}')
 
 

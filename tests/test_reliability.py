@@ -47,15 +47,16 @@ class Value:
 def painted(doodle, tmp_path, monkeypatch, capsys):
     """The whole program in a folder with pictures, its loss a quadratic one without a network.
 
-    painted('--resume', ..., at={12: action}) acts instead of evaluation 12, counted from this start. Returns code, out,
-    err, `asked` (phase, image), the history before each evaluation, and the log.
+    painted('--resume', ..., at={12: action}) acts instead of evaluation 12, counted from this start; after={12: action}
+    acts when the history is that after it, but nothing else is known. Returns code, out, err, `asked` (image), the
+    history before each evaluation (None where it is fresh), and the log.
     """
     monkeypatch.chdir(tmp_path)
     for path in FOLDER.glob('face*.png'):
         shutil.copy(path, tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def painted(*arguments, at={}):
+    def painted(*arguments, at={}, after={}):
         seen = SimpleNamespace(asked=[], history=[], phase=None)
 
         class Objective:
@@ -73,12 +74,13 @@ def painted(doodle, tmp_path, monkeypatch, capsys):
                 number = len(seen.asked)
                 seen.asked.append(x.copy())
                 seen.history.append(None if self.fresh else self.history['3_1'].get_value()[0])
-                self.fresh = False
                 difference = x - 200 * np.cos(np.arange(x.size)).reshape(x.shape)
                 slope = 1 + np.arange(x.size).reshape(x.shape) % 7
                 total = at[number]() if number in at else (slope * difference ** 2).sum()
                 self.history['3_1'].set_value(self.history['3_1'].get_value() + 1)
-                if not np.isfinite(total or 0):
+                self.fresh = not np.isfinite(total or 0)
+                after.get(number, int)()
+                if self.fresh:
                     raise FloatingPointError('the loss or its gradient is not finite')
                 return doodle.Evaluation(total, {}, {}, 0., 2 * slope * difference, 0., 0.)
 
@@ -139,6 +141,26 @@ def test_a_run_stopped_again_and_again_has_every_evaluation_once(painted, error)
     assert painted('--resume', '--random-seed=3').log[1:] == whole
 
 
+@pytest.mark.parametrize('number', [0, 13, 20, 30])
+def test_a_signal_when_matches_are_new_and_the_loss_is_not_known_leaves_neither(painted, number):
+    whole = painted('--random-seed=3')
+    stopped = painted('--random-seed=3', after={number: lambda: signal.raise_signal(signal.SIGTERM)})
+    assert stopped.code == 143 and len(stopped.asked) == number + 1
+    again = painted('--resume', '--random-seed=3')
+    assert again.log[1:] == whole.log[1:] and again.history == whole.history[number:]
+
+
+@pytest.mark.parametrize('number', [10, 20, 35])
+def test_divergence_is_resumed_like_anything_else(painted, number):
+    diverge = {number: lambda: np.nan}                                  # where a checkpoint was, and is again
+    whole = painted('--random-seed=3', at=diverge)
+    assert numbers(whole.log) == NUMBERS and len(whole.asked) == 41
+    with pytest.raises(Killed):
+        painted('--random-seed=3', at=diverge | {number + 1: stop(Killed)})
+    again = painted('--resume', '--random-seed=3')
+    assert again.log[1:] == whole.log[1:] and again.history == whole.history[number + 1:]
+
+
 DIFFERENT = {
     '--style-weight': ['--style-weight=24'], '--iterations': ['--iterations=21'], '--phases': ['--phases=1'],
     '--style-layers': ['--style-layers=3_1'], '--seed': ['--seed=content'], '--seed-range': ['--seed-range=0:9'],
@@ -183,6 +205,30 @@ def test_what_changes_nothing_in_the_picture_may_differ(painted):
     again = painted('--resume', '--content=same.png', '--semantic-ext=_map.png', '--auto-maps=5', '--frames=more',
                     '--slices=7', '--save-every=1', '--print-every=3')
     assert again.code == 0 and len(again.asked) == 30 and '0010.png' in os.listdir('more')
+
+
+def test_a_seed_is_known_by_its_pixels(painted):
+    with pytest.raises(Killed):
+        painted('--seed=face_style.png', at={12: stop(Killed)})
+    shutil.copy('face_style.png', 'moved.png')
+    for seed in ('face_content.png', 'noise'):
+        assert 'seed' in painted('--resume', f'--seed={seed}').err.split(' was another')[0]
+    assert len(painted('--resume', '--seed=moved.png').asked) == 30
+
+
+@pytest.mark.parametrize('left, kept', [
+    (lambda lines: lines, 10), (lambda lines: lines[:8] + [b'{"phase": 0, "eva'], 7), (lambda lines: [], 0),
+    (lambda lines: [b'[1]\n', b'of another program\n'], 0), (lambda lines: lines[:1] + lines[11:], 0)])
+def test_the_log_has_each_evaluation_once_whatever_was_in_it(painted, left, kept):
+    whole = painted('--random-seed=3').log
+    with pytest.raises(Killed):
+        painted('--random-seed=3', at={12: stop(Killed)})
+    with open('log', 'rb') as log:
+        lines = left(log.readlines())
+    with open('log', 'wb') as log:
+        log.writelines(lines)
+    again = painted('--resume').log
+    assert again[1:] == whole[1:1 + kept] + whole[11:] and again[0]['random_seed'] == 3
 
 
 @pytest.mark.parametrize('content', [b'', b'no checkpoint', None, 'objects', 'empty', 'lacking'])
@@ -352,10 +398,9 @@ def test_a_terminal_that_takes_no_more_does_not_end_a_run(tmp_path):
 def test_a_loss_that_blows_up_once_is_overcome(painted, doodle, loss):
     done = painted(at={13: lambda: loss})
     assert done.code == 0 and done.out.count('WARNING') == 1 and 'last good image' in done.out
-    assert len(done.asked) == 40
+    assert len(done.asked) == 40 + (not np.isfinite(loss)) and numbers(done.log) == NUMBERS
     best = np.argmin([entry['total'] for entry in done.log[1:14]])
     assert best > 5 and (done.asked[14] == done.asked[best]).all()                       # back to the last good one
-    assert numbers(done.log)[:19] == NUMBERS[:19]
     assert done.log[19]['total'] < 1.01 * min(entry['total'] for entry in done.log[1:20])
 
 
@@ -372,6 +417,17 @@ def test_each_phase_has_its_second_chance(painted):
 
 
 # ---- signals ---------------------------------------------------------------------------------------------------------
+
+def test_a_signal_after_the_last_evaluation_changes_nothing(doodle, painted, monkeypatch):
+    unlink = os.unlink
+
+    def signalled(path, **rest):
+        unlink(path, **rest)
+        if path == CHECKPOINT:
+            signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(os, 'unlink', signalled)
+    done = painted()
+    assert done.code == 0 and 'Optimization finished' in done.out and 'Interrupted' not in done.out
 
 def test_a_signal_is_heard_in_the_midst_of_matching_and_the_next_call_is_right(doodle):
     """What takes a minute here takes 20 seconds of an evaluation at 1024x1024."""
