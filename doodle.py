@@ -477,12 +477,12 @@ def legend(maps):
         present = [name for name, share in shares.items() if share >= 0.001]
         if len(present) < len(maps):
             odd.append(f'#{code:06x} is in the map of the {present[0]} only: what it covers has no counterpart. '
-                            'FIX: paint it in both maps')
+                       'FIX: paint it in both maps')
     for name, colours in codes.items():
         between = 1 - np.isin(colours, colour_codes(classes)).mean()
         if between > 0.01:
             odd.append(f'{between:.1%} of the map of the {name} lies between its colours, as where brushes are '
-                            'soft. FIX: paint without anti-aliasing, and save as PNG')
+                       'soft. FIX: paint without anti-aliasing, and save as PNG')
     if len(classes) > 16:
         odd.append(f'The maps have {len(classes)} colours. FIX: a few large parts, each of one colour')
     return lines + [bold(f'WARNING: {text}.') for text in odd]
@@ -628,9 +628,10 @@ def filters(layer):
     return WIDTHS[int(layer[0]) - 1]
 
 
-def layer_names(kind):
-    """``'1_1', '1_2', '2_1', ...`` of ``'vgg19'`` or ``'vgg16'``."""
-    return [f'{block}_{k}' for block, count in enumerate(BLOCKS[kind], 1) for k in range(1, count + 1)]
+def layer_names(kind, needed=None):
+    """``'1_1', '1_2', '2_1', ...`` of ``'vgg19'`` or ``'vgg16'``, all or only as deep as the deepest of `needed`."""
+    names = [f'{block}_{k}' for block, count in enumerate(BLOCKS[kind], 1) for k in range(1, count + 1)]
+    return names[:max(map(names.index, needed)) + 1] if needed else names
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -853,8 +854,8 @@ def memory_needed(size, style_size, options):
     """Bytes at the peak of a run on the CPU: fitted to runs of all methods, linear in the pixels of both pictures."""
     def floats(names):                                                  # bytes a pixel of the picture
         return sum(4 * filters(name) / stride(name) ** 2 for name in names)
-    names, style = layer_names('vgg19'), floats(options.style_layers)
-    network = floats(names[:max(map(names.index, options.style_layers + options.content_layers)) + 1])
+    style = floats(options.style_layers)
+    network = floats(layer_names('vgg19', options.style_layers + options.content_layers))
     patched = style if options.method != 'gatys' else 0
     painting = ((1.45 * network + 1.35 * style + 1.5 * patched) * math.prod(size) +
                 2.7 * patched * copy_count(options) * math.prod(style_size))
@@ -1081,8 +1082,7 @@ def build_network(weights, names, fast=False):
         Takes (1, 3, H, W) BGR less `MEAN`, gives (1, C, H', W').
     """
     network, layer = {}, lasagne.layers.InputLayer((1, 3, None, None))
-    order = list(weights.layers)
-    for name in order[:max(map(order.index, names)) + 1]:
+    for name in layer_names(weights.kind, names):
         (W, b), pool = weights.layers[name], name.endswith('_1') and name != '1_1'
         if fast:
             unused = theano.shared(np.zeros((1, 1, 1, 1), np.float32))
@@ -2351,24 +2351,7 @@ def paint(objective, inputs, options, random_seed, journal):
             journal.minimiser = Minimiser(first_image(inputs, options, size, random_seed) if journal.minimiser is None
                                           else enlarged(journal.minimiser.image, size))
         journal.begin(phase, size, objective)
-
-        def evaluate(x):
-            journal.settle()
-            if journal.number % min(options.save_every or 10, 10) == 0:
-                journal.write_checkpoint()
-            fresh, known = objective.fresh, {v: v.get_value() for v in remembered(objective).values()}
-            try:
-                evaluation = objective(x)
-                journal.settled = False
-            except BaseException as error:                              # a signal may find the matches new already
-                for variable, value in known.items():
-                    variable.set_value(value)
-                diverged = isinstance(error, FloatingPointError)
-                objective.fresh, journal.settled = fresh or diverged, not diverged
-                raise
-            journal.record(x, evaluation)
-            return evaluation.total, evaluation.gradient
-        journal.minimiser.run(evaluate, options.iterations - journal.evaluation, journal.say)
+        journal.minimiser.run(journal.evaluate, options.iterations - journal.evaluation, journal.say)
         journal.settle()
         journal.save(last=phase == options.phases - 1)
 
@@ -2541,8 +2524,8 @@ def explained(inputs, weights, options, random_seed):
                     map_channels=0 if inputs.style_map is None else inputs.style_map.shape[2]))))
 
 
-# What a checkpoint has beside its arrays.
-STATE = 'header', 'number', 'phase', 'evaluation', 'error', 'frames', 'fresh', 'arrays'
+# What a checkpoint has of a `Journal`.
+STATE = 'header', 'number', 'phase', 'evaluation', 'error', 'frames'
 
 
 def read_checkpoint(path, header):
@@ -2550,7 +2533,7 @@ def read_checkpoint(path, header):
     try:
         with open(path, 'rb') as file:
             state = json.loads(str(np.load(file)))
-            state = {name: state[name] for name in STATE}
+            state = {name: state[name] for name in (*STATE, 'fresh', 'arrays')}
             arrays = {name: np.load(file) for name in state['arrays']}
         minimiser = Minimiser(arrays['image'])
         vars(minimiser).update((name, arrays.pop(name)) for name in tuple(vars(minimiser)))
@@ -2579,6 +2562,18 @@ def remembered(objective):
     """The variables in which an objective keeps what it knows from one evaluation to the next, by name."""
     return {f'{kind} {layer}': variable for kind in ('history', 'matches')
             for layer, variable in getattr(objective, kind).items() if variable is not None}
+
+
+def memory(objective):
+    """The arrays in these variables, by name."""
+    return {name: variable.get_value() for name, variable in remembered(objective).items()}
+
+
+def remember(objective, arrays, fresh):
+    """Put an objective back to where its memory was these arrays; `fresh` says that its next matches are the first."""
+    for name, variable in remembered(objective).items():
+        variable.set_value(arrays[name])
+    objective.fresh = fresh
 
 
 class Journal:
@@ -2646,10 +2641,8 @@ class Journal:
         """Write what `--resume` needs to go on."""
         if self.objective is None or not self.number:                   # nothing was done since an earlier one
             return
-        arrays = vars(self.minimiser) | {name: variable.get_value()
-                                         for name, variable in remembered(self.objective).items()}
-        state = dict(zip(STATE, (self.header, self.number, self.phase, self.evaluation, self.error, self.frames,
-                                 self.objective.fresh, list(arrays))))
+        arrays = vars(self.minimiser) | memory(self.objective)
+        state = {name: getattr(self, name) for name in STATE} | dict(fresh=self.objective.fresh, arrays=list(arrays))
         with self.spared(self.options.checkpoint), written_whole(self.options.checkpoint) as file:
             for array in (json.dumps(state), *arrays.values()):         # no .npz: zipfile has words of its own for a
                 np.save(file, array)                                    # full disk
@@ -2675,9 +2668,9 @@ class Journal:
         """A phase starts."""
         self.settled, self.phase, self.objective = False, phase, objective
         self.error, self.evaluation = self.state.get('error', 255.), self.state.get('evaluation', 0)
-        for name, variable in remembered(objective).items() if self.state else ():
-            variable.set_value(self.arrays[name])
-        objective.fresh, self.state = self.state.get('fresh', True), {}
+        if self.state:
+            remember(objective, self.arrays, self.state['fresh'])
+        self.state = {}
         scale = 1 / 2 ** (self.options.phases - 1 - phase)
         self.say(f'\n{bold(f"Phase #{phase}")}: resolution {size[0]}x{size[1]}  scale {scale}')
         for layer in objective.style_layers:
@@ -2687,6 +2680,23 @@ class Journal:
             self.say(f'  - Content layer conv{layer}: {features.shape[2]} features in {features.nbytes // 1000:,}kb.')
         self.say('')
         self.since = time.time()
+
+    def evaluate(self, x):
+        """Loss and gradient of the image `x`, all that belongs to an evaluation done; what fails leaves no trace."""
+        self.settle()
+        if self.number % min(self.options.save_every or 10, 10) == 0:
+            self.write_checkpoint()
+        known, fresh = memory(self.objective), self.objective.fresh
+        try:
+            evaluation = self.objective(x)
+            self.settled = False
+        except BaseException as error:                                  # a signal may find the matches new already
+            diverged = isinstance(error, FloatingPointError)
+            remember(self.objective, known, fresh or diverged)
+            self.settled = not diverged                                 # else until the minimiser has begun anew
+            raise
+        self.record(x, evaluation)
+        return evaluation.total, evaluation.gradient
 
     def record(self, x, evaluation):
         """An evaluation is done: its line, its frame, its entry in the log."""
@@ -2744,10 +2754,9 @@ def operations(size, style_size, layers, patched):
     """Multiplications and additions of an evaluation, in direct form: the network, there and back, and the matching."""
     def area(size, name):
         return math.prod(side // stride(name) for side in size)
-    names, network, before = layer_names('vgg19'), 0, 3
-    for name in names[:max(map(names.index, layers)) + 1]:
-        network += 2 * 2 * 9 * before * filters(name) * area(size, name)
-        before = filters(name)
+    names = layer_names('vgg19', layers)
+    network = sum(2 * 2 * 9 * before * filters(name) * area(size, name)
+                  for before, name in zip([3, *map(filters, names)], names))
     return network, sum(2 * filters(name) * area(size, name) * area(style_size, name) for name in patched)
 
 

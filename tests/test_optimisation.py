@@ -124,6 +124,7 @@ class Objective:
 
     def set_phase(self, *arguments):
         self.phases.append(arguments)
+        self.fresh = True
 
     def __call__(self, x):
         if len(self.asked) == self.fails_at:

@@ -429,6 +429,7 @@ def test_a_signal_after_the_last_evaluation_changes_nothing(doodle, painted, mon
     done = painted()
     assert done.code == 0 and 'Optimization finished' in done.out and 'Interrupted' not in done.out
 
+
 def test_a_signal_is_heard_in_the_midst_of_matching_and_the_next_call_is_right(doodle):
     """What takes a minute here takes 20 seconds of an evaluation at 1024x1024."""
     u, v = doodle.T.tensor3(), doodle.T.tensor3()
