@@ -324,18 +324,17 @@ def map_paths(options):
     return [map_path(path, options.semantic_ext) for path in (options.content or options.output, options.style)]
 
 
-def read_picture(path):
-    """A picture or map of any common mode as its colours, turned upright by its EXIF orientation.
+def decoded(path):
+    """The picture or map at `path` as it lies in its file, turned upright by its EXIF orientation.
 
     Parameters
     ----------
     path : str
-        1, L, P, RGB and CMYK with or without alpha (which is dropped), 16 bits (scaled by 1/257, Pillow would clip).
 
     Returns
     -------
-    (H, W, 3) uint8 array
-        RGB.
+    PIL.Image.Image
+        In the file's own mode, with what the file says of it (profile, transparency) in ``info``.
 
     Raises
     ------
@@ -352,15 +351,25 @@ def read_picture(path):
         raise UserError(f'{path!r} is ' + ('not a file.' if os.path.exists(path) else 'not there.'), fix)
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode[0] in 'IF':  # 16 bits, as I;16 or widened to I or F, which may hold bytes as well
-                grey = np.asarray(picture, dtype=np.float64)
-                grey = grey / 257 if picture.mode.startswith('I;16') or grey.max() > 255 else grey
-                return np.repeat(np.uint8(np.clip(grey + .5, 0, 255))[:, :, None], 3, axis=2)
-            return np.asarray(picture.convert('RGBA').convert('RGB'))  # some modes have no direct way to RGB
+            ImageOps.exif_transpose(file, in_place=True)
+            return file
     except Exception as error:  # Pillow's plugins raise whatever broken files make them raise
         raise UserError(f'{path!r} cannot be read as a picture: {one_line(error)}.',
                         'open it and save it again as PNG') from None
+
+
+def rgb(image):
+    """A Pillow image of any common mode as (H, W, 3) uint8, without alpha; 16 bits by 1/257, Pillow would clip."""
+    if image.mode[0] in 'IF':                                           # I;16, or widened to I or F, which may hold
+        grey = np.asarray(image, dtype=np.float64)                      # bytes as well
+        grey = grey / 257 if image.mode.startswith('I;16') or grey.max() > 255 else grey
+        return np.repeat(np.uint8(np.clip(grey + .5, 0, 255))[:, :, None], 3, axis=2)
+    return np.asarray(image.convert('RGBA').convert('RGB'))             # some modes have no direct way to RGB
+
+
+def read_picture(path):
+    """The picture at `path` as its colours, (H, W, 3) uint8; UserError as by `decoded`."""
+    return rgb(decoded(path))
 
 
 def resized(pixels, size, method):
@@ -394,7 +403,7 @@ def read_map(path, picture_path, picture):
     A map that was painted on a smaller or larger copy is resampled; by the nearest pixel, so that its colours stay
     those that were painted.
     """
-    colours = read_picture(path)
+    colours = rgb(decoded(path))
     (height, width), (rows, columns) = colours.shape[:2], picture.shape[:2]
     if abs(height * columns - width * rows) > max(height, width, rows, columns):
         raise UserError(f'{path!r} is {width}x{height} but its picture {picture_path!r} is {columns}x{rows}.',
@@ -526,7 +535,7 @@ def read_maps(options, paths, content, style):
         missing = paths['style' if found == ['content'] else 'content']
         raise UserError(f'{paths[found[0]]!r} is a map, but {missing!r} is not there.', 'paint that map too, ' +
                         'say --auto-maps=6, ' * bool(options.content) + 'or leave maps unread with --semantic-weight=0')
-    maps = {name: limited(read_picture(paths[name]), options.max_size, Image.NEAREST) if picture is None else
+    maps = {name: limited(rgb(decoded(paths[name])), options.max_size, Image.NEAREST) if picture is None else
             read_map(paths[name], path, picture) for name, (path, picture) in pictures.items()}
     remarks = [f'Adding `{path}` as semantic map.' for path in paths.values()] + legend(maps)
     (content_map, style_map), remark = map_channels([maps['content'], maps['style']])
