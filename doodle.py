@@ -321,7 +321,7 @@ def map_path(path, extension):
 
 def map_paths(options):
     """Where the maps are to be found: of the content, or else of the output, which is a doodle, and of the style."""
-    return [map_path(path, options.semantic_ext) for path in (options.content or options.output, options.style)]
+    return [find_map(path, options.semantic_ext) for path in (options.content or options.output, options.style)]
 
 
 def decoded(path):
@@ -392,28 +392,69 @@ def pixels(x, size):
 
 def limited(pixels, longest, method):
     """`pixels` (H, W, 3), shrunk where their long side is more than `longest` (or None)."""
-    height, width = pixels.shape[:2]
-    shrink = min(1, (longest or math.inf) / max(height, width))
-    return resized(pixels, (max(1, round(width * shrink)), max(1, round(height * shrink))), method)
+    return resized(pixels, limited_size(pixels.shape[1::-1], longest), method)
 
 
-def read_map(path, picture_path, picture):
-    """The map at `path` as (H, W, 3) uint8, at the size of its `picture`.
+def limited_size(size, longest):
+    """`size` = (width, height), shrunk where the long side is more than `longest` (or None)."""
+    shrink = min(1, (longest or math.inf) / max(size))
+    return tuple(max(1, round(side * shrink)) for side in size)
 
-    A map that was painted on a smaller or larger copy is resampled; by the nearest pixel, so that its colours stay
-    those that were painted.
+
+# Colours no farther apart than this in RGB, 0..255, are one: slips of the brush, near-blacks, the noise of a JPEG.
+NEAR = 24
+NOISE = 8                                                             # per channel, within a flat area of a noisy map
+LEAST = 0.001                                                         # of a map: what less than that covers is no class
+
+
+def map_pixels(images):
+    """Maps as their colours. Greys of more than 8 bits are labels, which mean the same in any mode.
+
+    Where all are whole numbers up to 255 they are taken as they are, and multiples of 257 are divided by it. Else up to
+    256 values, of all grey maps together, are numbered from 0 on; more are scaled, 16 bits by 1/257, any others from
+    the lowest to the highest.
+
+    Parameters
+    ----------
+    images : list of PIL.Image.Image
+
+    Returns
+    -------
+    maps : list of (H, W, 3) uint8 arrays
+        RGB, alpha dropped.
+    numbered : list of bool
+        Which maps have numbers in place of their greys.
+
+    Raises
+    ------
+    UserError
+        A grey is no finite number.
     """
-    colours = rgb(decoded(path))
-    (height, width), (rows, columns) = colours.shape[:2], picture.shape[:2]
-    if abs(height * columns - width * rows) > max(height, width, rows, columns):
-        raise UserError(f'{path!r} is {width}x{height} but its picture {picture_path!r} is {columns}x{rows}.',
-                        'paint the map on a copy of the picture')
-    return resized(colours, (columns, rows), Image.NEAREST)
+    greys = {k: np.asarray(image.convert('L') if image.mode == 'LA' else image) for k, image in enumerate(images)
+             if image.mode in ('L', 'LA') or image.mode[0] in 'IF'}
+    levels = {k: np.unique(grey) for k, grey in greys.items()}
+    deep = [k for k, values in levels.items() if not np.isin(values, np.arange(256)).all()]
+    numbered = [False] * len(images)
+    if deep:
+        known = np.unique(np.concatenate(list(levels.values())))
+        if not np.isfinite(known).all():
+            raise UserError('A map has greys that are no finite numbers.', 'save the maps as PNG')
+        if all(np.isin(levels[k], 257 * np.arange(256)).all() for k in deep):
+            greys |= {k: greys[k] / 257 for k in deep}
+        elif len(known) <= 256:
+            greys = {k: np.searchsorted(known, grey) for k, grey in greys.items()}
+            numbered = [k in greys for k in range(len(images))]
+        else:
+            words = (known == known.round()).all() and 0 <= known[0] and 255 < known[-1] <= 65535
+            low, high = (0, 65535) if words else (float(known[0]), float(known[-1]))
+            greys |= {k: (greys[k] - low) / (high - low) * 255 + 0.5 for k in deep}
+    return [np.repeat(np.uint8(greys[k])[:, :, None], 3, axis=2) if k in greys else
+            np.asarray(image.convert('RGBA').convert('RGB')) for k, image in enumerate(images)], numbered
 
 
 def colour_codes(pixels):
     """(H, W, 3) uint8 RGB -> (H, W) numbers 0xRRGGBB, which sort faster than triples."""
-    return pixels @ np.array([1 << 16, 1 << 8, 1])
+    return pixels @ np.array([1 << 16, 1 << 8, 1], np.int32)
 
 
 def code_colours(codes):
@@ -421,8 +462,120 @@ def code_colours(codes):
     return np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1).astype(np.float64)
 
 
-def map_classes(maps):
-    """The colours that mean something: each covers at least 0.1 % of one of the maps.
+def even_pixels(colours, tolerance):
+    """Which pixels of (H, W, 3) lie in a square of 2x2 whose channels differ by `tolerance` at most, (H, W) bool."""
+    low = high = np.pad(colours, [(1, 1), (1, 1), (0, 0)], 'edge')      # (H + 2, W + 2, 3)
+    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        low, high = np.minimum(low[a], low[b]), np.maximum(high[a], high[b])
+    even = (high - low).max(axis=2) <= tolerance                        # (H + 1, W + 1), squares
+    return even[1:, 1:] | even[1:, :-1] | even[:-1, 1:] | even[:-1, :-1]
+
+
+def is_index_map(colours):
+    """Whether a lossless map (H, W, 3) holds numbers of classes as greys, as segmentation tools write them.
+
+    It has at most 64 levels, some nearer than `NEAR`; most have an inside, a square of 2x2; and no two levels that
+    lie farther apart meet over different values in between, as at the blended borders of a painted map.
+    """
+    grey = colours[:, :, 0]
+    levels = np.unique(grey)
+    if (colours != grey[:, :, None]).any() or not 2 <= len(levels) <= 64 or np.diff(levels).min() > NEAR:
+        return False
+    inside = np.bincount(grey.ravel(), even_pixels(colours, 0).ravel(), 256)[levels]
+    thin = levels[inside < np.bincount(grey.ravel())[levels] / 4]
+    between = set()                                                     # (low, thin level between, high)
+    for g in (grey, grey.T):
+        sides = np.sort([g[:, :-2], g[:, 2:]], axis=0).astype(int)      # (2, H, W - 2)
+        blend = (sides[0] < g[:, 1:-1]) & (g[:, 1:-1] < sides[1]) & (sides[1] - sides[0] > NEAR)
+        between |= {(*ends, level) for *ends, level in zip(*sides[:, blend], g[:, 1:-1][blend]) if level in thin}
+    borders = [ends for *ends, _ in between]
+    return len(thin) <= len(levels) / 2 and not any(borders.count(ends) > 1 for ends in borders)
+
+
+def surroundings(labels, count):
+    """The classes around each pixel that has none: the first one in each of 16 directions.
+
+    Only those no farther away than the shortest line through the pixel, from one class to another, is long: along a
+    border a ray sees what has nothing to do with it.
+
+    Parameters
+    ----------
+    labels : (H, W) int array
+        0 .. count - 1, or -1.
+
+    Returns
+    -------
+    (n,) uint64 array
+        The classes as bits, for the pixels of -1, row by row.
+    """
+    padded = np.pad(labels, 2, constant_values=count)                   # `count`: nothing is seen there
+    unknown = np.flatnonzero(padded < 0)
+    n, spot = len(unknown), padded.ravel().astype(np.int32)
+    spot += n
+    spot[unknown] = np.arange(n, dtype=np.int32)                        # < n: look further from there; else n + class
+    ends, lengths, shortest = [], [], np.full(n, np.inf, np.float32)
+    for x, y in ((1, 0), (0, 1), (1, 1), (1, -1), (2, 1), (1, 2), (2, -1), (1, -2)):
+        for step in (y * padded.shape[1] + x, -y * padded.shape[1] - x):
+            ahead = np.append(spot[unknown + step], np.arange(n, n + count + 1, dtype=np.int32))
+            steps = np.float32(np.arange(len(ahead)) < n)
+            while (ahead < n).any():
+                steps, ahead = steps + steps[ahead], ahead[ahead]       # twice as far each time
+            ends.append(np.uint8(ahead[:n] - n))
+            lengths.append(steps[:n] * np.float32(math.hypot(x, y)))
+        a, b = ends[-2:]
+        line = (a != b) & (np.maximum(a, b) < count)
+        shortest[line] = np.minimum(shortest, lengths[-2] + lengths[-1])[line]
+    bits, around = np.append(np.uint64(1) << np.arange(count, dtype=np.uint64), np.uint64(0)), np.zeros(n, np.uint64)
+    for end, length in zip(ends, lengths):
+        around |= np.where(length <= shortest, bits[end], np.uint64(0))
+    return around
+
+
+def hull_distance(points, corners):
+    """How far each of the points (n, d) lies from the convex hull of the corners (k, d), by Frank and Wolfe's way."""
+    nearest = corners[((points[:, None] - corners) ** 2).sum(axis=2).argmin(axis=1)]
+    for _ in range(8 if len(corners) > 2 else 1):                       # a line takes one step
+        towards = corners[((points - nearest) @ corners.T).argmax(axis=1)] - nearest
+        t = ((points - nearest) * towards).sum(axis=1) / np.maximum((towards ** 2).sum(axis=1), 1e-9)
+        nearest = nearest + t.clip(0, 1)[:, None] * towards
+    return np.linalg.norm(points - nearest, axis=1)
+
+
+YCBCR = (0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081)            # of RGB, as in a JPEG
+
+
+def blended(points, corners):
+    """Which colours (n, 3) lie between others (k, 3), within `NEAR`: in RGB, or in brightness and in chroma, which a
+    JPEG blends apart."""
+    (y, *c), (ends, *ends_c) = np.array(YCBCR) @ points.T, np.array(YCBCR) @ corners.T
+    return (hull_distance(points, corners) <= NEAR) | (
+        (hull_distance(np.transpose(c), np.transpose(ends_c)) <= NEAR) & (abs(y - y.clip(ends.min(), ends.max())) <= NEAR))
+
+
+def colour_distances(colours, classes):
+    """How far the colours (N, 3) are from the classes (K, 3), (N, K)."""
+    return np.sqrt(np.maximum((colours ** 2).sum(axis=1)[:, None] + (classes ** 2).sum(axis=1) -
+                              2 * colours @ classes.T, 0))
+
+
+def groups(colours, shares):
+    """Colours (N, 3) gathered around the largest, again and again: yields each centre's number and the ways to it."""
+    left, size = shares.any(axis=1), shares.sum(axis=1)
+    for _ in range(256):
+        if shares[left].sum(axis=0).max(initial=0) < LEAST:
+            return
+        centre = np.where(left, size, -1).argmax()
+        ways = colour_distances(colours, colours[[centre]])[:, 0]
+        yield centre, ways, left & (ways <= NEAR)
+        left &= ways > NEAR
+
+
+def painted_classes(maps):
+    """The classes of maps painted by hand, and of each pixel the class that it belongs to.
+
+    A class is gathered around a colour of its own: one that has flat areas, or covers `LEAST` by itself. What lies
+    between the classes around it is a blend (anti-aliasing, a soft brush, a scaled map) and belongs to the nearest of
+    these, however much there is of it.
 
     Parameters
     ----------
@@ -430,22 +583,130 @@ def map_classes(maps):
 
     Returns
     -------
-    (K, 3) float64 array
+    classes : (K, 3) float64 array
+        RGB; 64 at most.
+    labels : list of (H, W) int arrays
     """
-    found = [np.unique(colour_codes(colours), return_counts=True) for colours in maps]
-    return code_colours(np.unique(np.concatenate([codes[counts >= 0.001 * counts.sum()] for codes, counts in found])))
+    codes = [colour_codes(colours) for colours in maps]
+    known = np.unique(np.concatenate([np.unique(code) for code in codes]))
+    table = np.zeros(1 << 24, np.int32)
+    table[known] = np.arange(len(known))
+    numbers, colours = [table[code] for code in codes], code_colours(known)                 # (H, W), (N, 3)
+    even = [even_pixels(pixels, NOISE) for pixels in maps]
+
+    def shares(where):                                                  # of each map, by colour, (N, maps)
+        return np.stack([np.bincount(number[w], minlength=len(known)) / number.size
+                         for number, w in zip(numbers, where)], axis=1)
+
+    # Peaks: most of what is near such a colour is very near, or it has flat areas itself. A ramp has no peaks.
+    flat, exact = shares(even), shares([even_pixels(pixels, 0) for pixels in maps])
+    flat[flat.sum(axis=1) < shares([code >= 0 for code in codes]).sum(axis=1) / 4] = 0
+    classes = np.zeros((0, 3))
+    for centre, ways, group in groups(colours, flat):
+        k = flat[group].sum(axis=0).argmax()
+        around, near = flat[ways <= NEAR, k].sum(), flat[ways <= NEAR / 3, k].sum()
+        if flat[group, k].sum() >= LEAST and (near > around / 2 or exact[centre, k] > near / 4):
+            classes = np.append(classes, colours[[centre]], axis=0)[:64]
+
+    for _ in range(8):
+        labels, ways = zip(*(sides(number, colours, classes, e) for number, e in zip(numbers, even)))
+        rest = [label < 0 for label in labels]
+        left, inside = shares(rest), shares([r & e for r, e in zip(rest, even)])
+        far = colour_distances(colours, classes).min(axis=1, initial=np.inf) > NEAR
+        found = {}
+        for centre, _, group in groups(colours, left * far[:, None]):
+            k = left[group].sum(axis=0).argmax()
+            around = left[group, k].sum()
+            if (left[centre, k] >= max(LEAST, around / 2) or around >= 0.75 * LEAST and inside[group, k].sum() >=
+                    around / 5 or around >= 0.05 or not len(classes)):
+                found[centre] = max(way[centre] for way in ways)
+        if not found or len(classes) == 64:
+            break
+        # Of the ends of a ramp and its middle the ends come first: what is left between them then is a blend.
+        chosen = list(found) if len(found) > 16 else [max(found, key=found.get)]
+        classes = np.append(classes, colours[chosen], axis=0)[:64]
+    nearest = colour_distances(colours, classes).argmin(axis=1)
+    return classes, [np.where(label < 0, nearest[number], label) for label, number in zip(labels, numbers)]
 
 
-def map_channels(maps):
-    """Both maps as channels whose cosine tells one class from another.
+def sides(number, colours, classes, even):
+    """The class of each pixel of a map, (H, W): its own in flat areas, of a blend the nearest around it; else -1.
 
-    The colours themselves serve where no class is black and no two classes have a cosine above 0.99 (scaled colours
-    are one class to a cosine, and so are all greys). Otherwise each class becomes a channel of its own, and a pixel of
-    any other colour goes to its nearest class.
+    Parameters
+    ----------
+    number : (H, W) int array
+        Of each pixel's colour.
+    colours, classes : (N, 3) and (K, 3) arrays
+    even : (H, W) bool array
+
+    Returns
+    -------
+    labels : (H, W) int array
+        -1 where it is neither.
+    ways : (N,) array
+        How far each colour is, on average, from the nearest class around it, where it is no blend.
+    """
+    if not len(classes):
+        return np.full(number.shape, -1, np.int8), np.zeros(len(colours))
+    distances = colour_distances(colours, classes)                                          # (N, K)
+    own = np.where(distances.min(axis=1) <= NEAR / 3, distances.argmin(axis=1), -1).astype(np.int8)
+    labels = np.where(even, own[number], np.int8(-1))
+    ways, unknown = np.zeros(len(colours)), labels < 0
+    seen, view = np.unique(surroundings(labels, len(classes)), return_inverse=True)
+    kinds, index, counts = np.unique(view * len(colours) + number[unknown], return_inverse=True, return_counts=True)
+    label, way = np.full(len(kinds), -1, np.int8), np.full(len(kinds), 1e3)
+    for k, bits in enumerate(seen):
+        around = np.flatnonzero([int(bits) >> k & 1 for k in range(len(classes))])
+        kind = slice(*np.searchsorted(kinds, (k * len(colours), (k + 1) * len(colours))))
+        found = kinds[kind] - k * len(colours)
+        if len(around):
+            way[kind] = distances[found][:, around].min(axis=1)
+        if len(around) > 1:
+            nearest = around[distances[found][:, around].argmin(axis=1)]
+            label[kind] = np.where(blended(colours[found], classes[around]), nearest, -1)
+    odd = label < 0
+    np.add.at(ways, kinds[odd] % len(colours), counts[odd] * way[odd])
+    total = np.bincount(kinds[odd] % len(colours), counts[odd], len(colours))
+    labels[unknown] = label[index]
+    return labels, ways / np.maximum(total, 1)
+
+
+def map_classes(maps, index):
+    """The classes of colours that several maps have together, and the class of each pixel.
 
     Parameters
     ----------
     maps : list of (H, W, 3) uint8 arrays
+    index : list of bool
+        Which of them are index maps: each of their levels is a class, and is the same in another map only exactly.
+
+    Returns
+    -------
+    classes : (K, 3) float64 array
+        RGB, ordered as numbers 0xRRGGBB.
+    labels : list of (H, W) int arrays
+    """
+    codes = [colour_codes(colours) for colours in maps]
+    painted = [colours for colours, levels in zip(maps, index) if not levels]
+    classes, labels = painted_classes(painted) if painted else (np.zeros((0, 3)), [])
+    classes, labels = colour_codes(classes.astype(np.int32)), iter(labels)
+    known = np.unique(np.concatenate([classes, *(code.ravel() for code, levels in zip(codes, index) if levels)]))
+    number = np.searchsorted(known, classes)
+    return code_colours(known), [np.searchsorted(known, code) if levels else number[next(labels)]
+                                 for code, levels in zip(codes, index)]
+
+
+def map_channels(maps, classes, labels):
+    """Maps as channels whose cosine tells one class from another.
+
+    The colours themselves serve where no class is black and no two classes have a cosine above 0.99 (scaled colours
+    are one class to a cosine, and so are all greys). Otherwise each class becomes a channel of its own.
+
+    Parameters
+    ----------
+    maps : list of (H, W, 3) uint8 arrays
+    classes, labels
+        As `map_classes` gives them.
 
     Returns
     -------
@@ -453,48 +714,160 @@ def map_channels(maps):
     remark : str or None
         Says so when the classes became channels.
     """
-    classes = map_classes(maps)                                                             # (K, 3)
-    length = np.linalg.norm(classes, axis=1)
-    if length.all():
-        cosines = classes @ classes.T / np.outer(length, length)                            # (K, K)
-        if (cosines[~np.eye(len(classes), dtype=bool)] <= 0.99).all():
-            return maps, None
-    channels = []
-    for colours in maps:
-        unique, index = np.unique(colour_codes(colours), return_inverse=True)               # (U,), (H W,)
-        nearest = np.array([((classes - colour) ** 2).sum(axis=1).argmin() for colour in code_colours(unique)])
-        one_hot = np.eye(len(classes), dtype=np.uint8)[nearest[index]] * np.uint8(255)      # (H W, K)
-        channels.append(one_hot.reshape(colours.shape[:2] + (-1,)))
-    return channels, f'{len(classes)} map colours, some black or shades of each other: each is a class of its own.'
+    def cosines(a, b):
+        return a @ b.T / np.maximum(np.outer(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)), 1e-9)
+
+    alike = (cosines(classes, classes) > 0.99)[~np.eye(len(classes), dtype=bool)].any()
+    for k in np.flatnonzero(np.linalg.norm(classes, axis=1) <= NEAR):   # black, or so dark that slips turn it
+        for colours, label in zip(maps, labels):
+            own = np.unique(colours[label == k], axis=0).astype(np.float64)
+            own = own[np.linalg.norm(own - classes[k], axis=1) <= NEAR]
+            alike |= (cosines(own, classes[[k]]) <= 0.99).any()
+    if not alike:
+        return maps, None
+    one_hot = np.eye(len(classes), dtype=np.uint8) * np.uint8(255)
+    return [one_hot[label] for label in labels], (
+        f'{len(classes)} map colours, some black or shades of each other: each is a class of its own.')
 
 
-def legend(maps):
-    """What each colour covers of the maps, and what in them may not be meant, in lines for the person watching.
+def examples(items, count=4):
+    """The first items of a list in words, and how many more there are."""
+    return ', '.join(items[:count]) + (f' and {len(items) - count} more' if len(items) > count else '')
+
+
+def legend(classes, maps, labels):
+    """What each class covers of the maps, and what in them is likely a painting mistake, in lines.
 
     Parameters
     ----------
-    maps : dict of str to (H, W, 3) uint8 arrays
+    classes : (K, 3) array
+    maps, labels : dict of str to (H, W, 3) uint8 and (H, W) int arrays
         By the name of their picture, ``'content'`` and ``'style'``.
     """
-    classes = map_classes(list(maps.values()))                                              # (K, 3)
-    codes = {name: colour_codes(colours) for name, colours in maps.items()}
-    lines, odd = [], []
-    for colour, code in zip(classes.astype(int), colour_codes(classes).astype(int)):
-        shares = {name: (code == codes[name]).mean() for name in maps}
-        lines.append(f'{swatch(colour)}#{code:06x}  ' +
-                     '  '.join(f'{name} {share:6.1%}' for name, share in shares.items()))
-        present = [name for name, share in shares.items() if share >= 0.001]
-        if len(present) < len(maps):
-            odd.append(f'#{code:06x} is in the map of the {present[0]} only: what it covers has no counterpart. '
-                       'FIX: paint it in both maps')
-    for name, colours in codes.items():
-        between = 1 - np.isin(colours, colour_codes(classes)).mean()
-        if between > 0.01:
-            odd.append(f'{between:.1%} of the map of the {name} lies between its colours, as where brushes are '
-                       'soft. FIX: paint without anti-aliasing, and save as PNG')
+    names, codes = list(maps), colour_codes(classes.astype(np.int32))
+    shares = np.array([np.bincount(labels[name].ravel(), minlength=len(classes)) / labels[name].size for name in names])
+    lines = [f'{swatch(colour)}#{code:06x}  ' + '  '.join(f'{name} {share:6.1%}' for name, share in zip(names, covered))
+             for colour, code, covered in zip(classes.astype(int), codes, shares.T)]
+
+    most = []                                                           # of each map: the commonest colour of a class
+    for name in names:
+        kinds, counts = np.unique(labels[name].astype(np.int64) << 24 | colour_codes(maps[name]), return_counts=True)
+        kinds = kinds[np.argsort(counts, kind='stable')]
+        most.append({kind >> 24: kind & 0xffffff for kind in kinds.tolist()})
+    order = np.argsort(-shares.sum(axis=0), kind='stable').tolist()
+    pairs = [f'#{most[0][k]:06x} and #{most[-1][k]:06x}' for k in order
+             if all(k in colours for colours in most) and most[0][k] != most[-1][k]]
+    if pairs:
+        lines.append(f'One class, though not quite one colour in the {" and the ".join(names)}: {examples(pairs, 8)}.')
+
+    odd, alone = [], []
+    for k in order:
+        present = [name for name, share in zip(names, shares[:, k]) if share >= LEAST]
+        if len(present) == 1 < len(names):
+            alone.append(f'#{codes[k]:06x} in the map of the {present[0]} only ({shares[:, k].max():.1%})')
+    if alone:
+        odd.append(f'Colours without a counterpart: {examples(alone)}. FIX: paint each part in both maps')
     if len(classes) > 16:
         odd.append(f'The maps have {len(classes)} colours. FIX: a few large parts, each of one colour')
+    if 'style' in labels and (shares[names.index('style')] > 0).sum() == 1:
+        odd.append('The map of the style has a single class, so that maps make no difference. FIX: paint its parts')
     return lines + [bold(f'WARNING: {text}.') for text in odd]
+
+
+MAP_ENDINGS = '.png', '.tif', '.tiff', '.webp', '.bmp', '.gif', '.tga', '.ppm', '.jpg', '.jpeg'  # the better come first
+
+
+def other_endings(path):
+    """The pictures of the same name as the map at `path`, but for its ending."""
+    stem, ending = os.path.splitext(path)
+    folder, name = os.path.split(stem)
+    found = []
+    with contextlib.suppress(OSError):
+        for stem_there, other in map(os.path.splitext, os.listdir(folder or '.')):
+            if stem_there == name and other != ending and other.lower() in MAP_ENDINGS:
+                found.append((MAP_ENDINGS.index(other.lower()), stem + other))
+    return [other for _, other in sorted(found)]
+
+
+def find_map(path, extension):
+    """The map of the picture at `path`: its name + `extension`, or where that is not there, with another ending."""
+    exact = map_path(path, extension)
+    return exact if os.path.exists(exact) else next(iter(other_endings(exact)), exact)
+
+
+def orientation(path):
+    """How the file at `path` says that its picture is turned: 1 not at all, 2 .. 8 by EXIF."""
+    with Image.open(path) as file:
+        return file.getexif().get(0x0112, 1)
+
+
+def check_map_size(path, image, picture_path, size):
+    """Refuse a map of another shape than its picture's; returns a warning where that cannot be told, or None.
+
+    Parameters
+    ----------
+    path, picture_path : str
+    image : PIL.Image.Image
+        The map, upright.
+    size : (width, height)
+        Of the picture, upright.
+    """
+    turned = orientation(picture_path) if orientation(path) == 1 else 1
+    (w, h), (width, height) = image.size, size
+
+    def fits(w, h):                                                     # but for rounding, or 3 % of the proportions
+        return abs(h * width - w * height) <= max(w, h, width, height, 0.03 * w * height, 0.03 * h * width)
+
+    if fits(w, h):
+        return turned != 1 and (turned < 5 or fits(h, w)) and (
+            f'{picture_path!r} is turned by EXIF, its map {path!r} is not: look whether they lie alike. '
+            'FIX: paint on a copy that was saved upright') or None
+    problem = f'{path!r} is {w}x{h} but its picture {picture_path!r} is {width}x{height}'
+    if turned >= 5 and fits(h, w):
+        raise UserError(f'{problem}, turned by EXIF, which its map is not.', 'turn the map as the picture is turned')
+    raise UserError(problem + '.', f'paint the map on a copy of the picture, or bring it to {width}x{height} by the '
+                    'nearest pixel')
+
+
+# Maps of the size of their pictures: classes (K, 3), then by map its colours, (H, W, 3), and its labels, (H, W).
+Classified = namedtuple('Classified', 'classes maps labels warnings')
+
+
+def classify_maps(paths, pictures, longest=None):
+    """Read maps and find their classes, in the files' own pixels; then bring them to the size of their pictures.
+
+    That is done by the nearest pixel, so that the colours stay those that were painted.
+
+    Parameters
+    ----------
+    paths : list of str
+    pictures : list of (str, (H, W, 3) array), or of None
+        The path and the pixels of the picture of each map; None for a doodle, which has the map's size.
+    longest : int or None
+        The longer side of a doodle at most.
+
+    Returns
+    -------
+    Classified
+    """
+    images, warned = [decoded(path) for path in paths], []
+    sizes = []
+    for path, image, picture in zip(paths, images, pictures):
+        sizes.append(limited_size(image.size, longest) if picture is None else picture[1].shape[1::-1])
+        if picture is not None:
+            warned.append(check_map_size(path, image, picture[0], sizes[-1]))
+        if image.has_transparency_data:
+            clear = (np.asarray(image.convert('RGBA').getchannel('A')) == 0).mean()
+            if clear > 0.01:
+                warned.append(f'{clear:.0%} of {path!r} are transparent: the colours under it count as painted. '
+                              'FIX: save the map without transparency')
+    maps, numbered = map_pixels(images)
+    index = [number or image.format not in ('JPEG', 'MPO') and is_index_map(colours)
+             for number, image, colours in zip(numbered, images, maps)]
+    classes, labels = map_classes(maps, index)
+    maps = [resized(colours, size, Image.NEAREST) for colours, size in zip(maps, sizes)]
+    labels = [resized(np.int32(label)[:, :, None], size, Image.NEAREST)[:, :, 0] for label, size in zip(labels, sizes)]
+    return Classified(classes, maps, labels, [bold(f'WARNING: {text}.') for text in filter(None, warned)])
 
 
 def pooled_map(channels, size, layer):
@@ -535,10 +908,17 @@ def read_maps(options, paths, content, style):
         missing = paths['style' if found == ['content'] else 'content']
         raise UserError(f'{paths[found[0]]!r} is a map, but {missing!r} is not there.', 'paint that map too, ' +
                         'say --auto-maps=6, ' * bool(options.content) + 'or leave maps unread with --semantic-weight=0')
-    maps = {name: limited(rgb(decoded(paths[name])), options.max_size, Image.NEAREST) if picture is None else
-            read_map(paths[name], path, picture) for name, (path, picture) in pictures.items()}
-    remarks = [f'Adding `{path}` as semantic map.' for path in paths.values()] + legend(maps)
-    (content_map, style_map), remark = map_channels([maps['content'], maps['style']])
+    if options.content and len(set(paths.values())) == 1 and not same_file(options.content, options.style):
+        raise UserError(f'{options.content!r} and {options.style!r} would share the map {paths["style"]!r}.',
+                        'rename one of the pictures, and give each a map of its own')
+    classes, maps, labels, warned = classify_maps(
+        list(paths.values()), [picture if picture[0] else None for picture in pictures.values()], options.max_size)
+    remarks = []
+    for path in paths.values():
+        unread = ', '.join(f'`{other}`' for other in other_endings(path))
+        remarks.append(f'Adding `{path}` as semantic map' + (f', and not {unread}.' if unread else '.'))
+    remarks += legend(classes, dict(zip(paths, maps)), dict(zip(paths, labels))) + warned
+    (content_map, style_map), remark = map_channels(maps, classes, labels)
     return content_map, style_map, remarks + [remark] * bool(remark)
 
 
@@ -1324,9 +1704,9 @@ def painted_parts(segments, X, painted, k):
 
     A superpixel is of the class whose three nearest examples are nearest.
     """
-    colours = map_classes([painted])                                                        # (K, 3)
-    pixels = resized(painted, segments[k].shape[::-1], Image.NEAREST)
-    nearest = distance.cdist(pixels.reshape(-1, 3), colours).argmin(axis=1).reshape(pixels.shape[:2])
+    colours, nearest = np.unique(colour_codes(resized(painted, segments[k].shape[::-1], Image.NEAREST)),
+                                 return_inverse=True)
+    colours, nearest = code_colours(colours), nearest.reshape(segments[k].shape)            # (K, 3), (h, w)
     own = np.unique(segments[k])
     cover = segment_means(segments[k] - own[0], np.eye(len(colours))[nearest])              # (n, K)
     classes = cover.argmax(axis=1)
@@ -1369,11 +1749,10 @@ def paint_maps(options, missing, weights, fast):
     """Paint and write the maps that are `missing`, each with a preview, and say so."""
     paths, targets = (options.content, options.style), map_paths(options)
     pictures = [read_picture(path) for path in paths]
-    maps = [None if target in missing else read_map(target, path, picture)
-            for target, path, picture in zip(targets, paths, pictures)]
-    for target, colours in zip(targets, maps):
-        if colours is not None and not len(map_classes([colours])):
-            raise UserError(f'{target!r} has no colour that covers 0.1 % of it.', 'paint a few parts in flat colours')
+    maps = []
+    for target, path, picture in zip(targets, paths, pictures):
+        painted = None if target in missing else classify_maps([target], [(path, picture)])
+        maps.append(painted and np.uint8(painted.classes)[painted.labels[0]])
     for target, picture, colours in zip(targets, pictures, automatic_maps(
             pictures, maps, options.auto_maps, weights, fast)):
         if target in missing:
@@ -1381,7 +1760,8 @@ def paint_maps(options, missing, weights, fast):
             written = {path: pixels for path, pixels in written.items() if not os.path.exists(path)}
             for path, pixels in written.items():
                 write_picture(pixels, path)
-            say(f'  - Painted {len(map_classes([colours]))} parts: ' + ', '.join(f'`{path}`' for path in written))
+            parts = len(np.unique(colour_codes(colours)))
+            say(f'  - Painted {parts} parts: ' + ', '.join(f'`{path}`' for path in written))
     say('  - Maps can be mended by hand in a paint program: run again, and they are kept.')
 
 

@@ -27,10 +27,10 @@ TITLES = {'gatys': 'Gatys', 'li-wand': 'Li & Wand', 'champandard': 'Champandard'
 PATCHES, GRAMS, CONTENT = ['3_1', '4_1'], doodle.METHODS['gatys']['style_layers'].split(','), '4_2'
 
 
-def part_of(codes, shape, layer):
-    """Colours (H', W') of a map where the centres of a layer's patches are, row by row; `shape` is the layer's."""
+def part_of(labels, shape, layer):
+    """The class in a map (H', W') where the centres of a layer's patches are, row by row; `shape` is the layer's."""
     k = doodle.stride(layer)
-    return codes[k // 2::k, k // 2::k][1:shape[0] - 1, 1:shape[1] - 1].ravel()
+    return labels[k // 2::k, k // 2::k][1:shape[0] - 1, 1:shape[1] - 1].ravel()
 
 
 def measures(weights):
@@ -50,7 +50,6 @@ def measures(weights):
 
 def table(rows, style, content, maps, weights):
     """Lines of Markdown, one for each of `rows`, {title: (H, W, 3) picture}."""
-    codes = [doodle.colour_codes(colours) for colours in maps]
     measure, features = measures(weights)
     y, target = doodle.np.float32(doodle.planes(style)), features(doodle.np.float32(doodle.planes(content)))
     lines = ['| | own part, conv3_1 | own part, conv4_1 | content | patches, conv3_1 | patches, conv4_1 | Gram |',
@@ -58,7 +57,7 @@ def table(rows, style, content, maps, weights):
     for title, picture in rows.items():
         x = doodle.np.float32(doodle.planes(picture))
         loss, *patches, gram, j3, j4, f3, g3, f4, g4 = measure(x, y, target)
-        shares = [100 * doodle.np.mean(part_of(codes[0], f, layer) == part_of(codes[1], g, layer)[j])
+        shares = [100 * doodle.np.mean(part_of(maps.labels[0], f, layer) == part_of(maps.labels[1], g, layer)[j])
                   for layer, j, f, g in zip(PATCHES, (j3, j4), (f3, f4), (g3, g4))]
         cells = [f'{share:.0f} %' for share in shares] + [f'{max(0, each):,.0f}' for each in (loss, *patches)]
         lines.append(f'| {" | ".join([title, *cells, f"{gram:.1e}"])} |')
@@ -112,12 +111,12 @@ def main():
         doodle.import_theano('cpu')
     content, style = (doodle.limited(doodle.read_picture(path), options.max_size, doodle.Image.LANCZOS)
                       for path in (a.content, a.style))
-    maps = [doodle.read_map(doodle.map_path(path, '_sem.png'), path, picture)
-            for path, picture in ((a.content, content), (a.style, style))]
+    pictures = (a.content, content), (a.style, style)
+    maps = doodle.classify_maps([doodle.find_map(path, '_sem.png') for path, _ in pictures], pictures)
     panels = {TITLES[method]: picture for method, picture in results.items()}
     weights, _ = doodle.read_weights(header['weights']['path'])
     print('\n'.join(table({'the content itself': content, **panels}, style, content, maps, weights)))
-    labelled({'content': content, 'style': style, 'map of the content': maps[0], 'map of the style': maps[1], **panels},
+    labelled({'content': content, 'style': style, 'map of the content': maps.maps[0], 'map of the style': maps.maps[1], **panels},
              4).save(a.output, quality=90)
     print(f'\nThe picture is {a.output}.')
 

@@ -74,7 +74,7 @@ def test_colours_serve_as_they_are(doodle, count):
     colours = doodle.map_colours(count)
     assert len(np.unique(colours, axis=0)) == count and colours.max(axis=1).min() == 255
     maps = [np.repeat(colours[None], 3, axis=0)] * 2
-    assert doodle.map_channels(maps) == (maps, None)
+    assert doodle.map_channels(maps, *doodle.map_classes(maps, [False, False])) == (maps, None)
 
 
 def test_small_parts_that_share_a_superpixel_do_not_wreck_a_map(doodle):
@@ -94,16 +94,6 @@ def copied(folder, *names):
 
 SMALL = ('--style=astronaut.png', '--content=hopper.png', '--auto-maps=4', '--network=vgg16', '--phases=1',
          '--iterations=1', '--max-size=64', '--save-every=0')
-
-
-def test_a_map_without_parts_is_refused(doodle, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    copied(tmp_path, *FACES)
-    ramp = np.arange(480 * 384)[:, None] // [1, 256, 65536] % 256       # each pixel of a colour of its own
-    doodle.Image.fromarray(np.uint8(ramp.reshape(480, 384, 3))).save('hopper_sem.png')
-    options = doodle.parse_options(list(SMALL))
-    with pytest.raises(doodle.UserError, match='hopper_sem.png.* has no colour'):
-        doodle.paint_maps(options, doodle.missing_maps(options), None, True)
 
 
 def test_missing_maps_are_written_once(doodle, run, tmp_path, monkeypatch):

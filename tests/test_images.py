@@ -195,6 +195,11 @@ def test_max_size_shrinks_pictures_and_maps_alike(pictures):
 
 # ---- maps ------------------------------------------------------------------------------------------------------------
 
+def channels_of(maps):
+    """What matching sees of painted maps, and the remark on them."""
+    return doodle.map_channels(maps, *doodle.map_classes(maps, [False] * len(maps)))
+
+
 RED, GREEN, BLUE, BLACK, WHITE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255), (99, 99, 99)
 
 
@@ -211,7 +216,7 @@ def test_golden_maps_keep_the_scores_of_the_original(pictures, arguments):  # fa
     [RED, BLACK], [(100, 0, 0), (200, 0, 0)], [GREY, WHITE], [BLACK], [RED, GREEN, (250, 20, 20)]])
 def test_black_shades_and_greys_become_classes_of_their_own(classes):  # fault 4
     here, there = np.array([classes], np.uint8), np.array([classes[::-1]], np.uint8)
-    channels, remark = doodle.map_channels([here, there])
+    channels, remark = channels_of([here, there])
     assert str(len(classes)) in remark
     here, there = (c[0] / np.linalg.norm(c[0], axis=1, keepdims=True) for c in channels)
     assert np.allclose(here @ there[::-1].T, np.eye(len(classes)))
@@ -220,31 +225,31 @@ def test_black_shades_and_greys_become_classes_of_their_own(classes):  # fault 4
 @pytest.mark.parametrize('classes', [[RED, GREEN, BLUE, WHITE], [WHITE], [RED, (255, 50, 0)], [(9, 9, 9), RED]])
 def test_other_maps_stay_as_they_are(classes):  # fault 4
     maps = [np.array([classes], np.uint8), np.array([classes[:1]], np.uint8)]
-    channels, remark = doodle.map_channels(maps)
+    channels, remark = channels_of(maps)
     assert remark is None and all((a == b).all() for a, b in zip(channels, maps))
 
 
 @pytest.mark.parametrize('green, alike', [(36, True), (37, False)])                     # cosines 0.9902 and 0.9896
 def test_two_classes_are_one_from_a_cosine_of_99_percent_on(green, alike):  # fault 4
     classes = np.array([[RED, (255, green, 0)]], np.uint8)
-    assert bool(doodle.map_channels([classes, classes])[1]) == alike
+    assert bool(channels_of([classes, classes])[1]) == alike
 
 
 def test_a_class_covers_a_thousandth_of_either_map():  # fault 4
     style, content = np.full((50, 40, 3), RED, np.uint8), np.full((100, 100, 3), GREEN, np.uint8)
     style[0, 0], content[0, :9] = BLACK, (100, 0, 0)                                   # 0.05 %, 0.09 %
-    assert doodle.map_channels([content, style])[1] is None
+    assert channels_of([content, style])[1] is None
     style[0, 1] = BLACK                                                                # 0.1 %
-    assert doodle.map_channels([content, style])[1].startswith('3 ')
+    assert channels_of([content, style])[1].startswith('3 ')
     content[0, 9] = 100, 0, 0
-    assert doodle.map_channels([content, style])[1].startswith('4 ')
+    assert channels_of([content, style])[1].startswith('4 ')
 
 
 def test_a_blended_pixel_goes_to_its_nearest_class():  # fault 4
     line = np.full((1, 3000, 3), RED, np.uint8)
     line[0, 1000:] = BLACK
     line[0, 1000], line[0, 1001] = (140, 0, 0), (120, 0, 9)
-    (channels, _), _ = doodle.map_channels([line, line])
+    (channels, _), _ = channels_of([line, line])
     for pixel, same in ((1000, 0), (1001, 2999)):
         assert (channels[0, pixel] == channels[0, same]).all()
     assert (channels[0, 0] != channels[0, 2999]).any()
@@ -263,9 +268,10 @@ def test_a_map_is_averaged_over_what_a_feature_sees(layer, halves):
 
 def test_a_map_of_another_size_is_fitted_without_new_colours(pictures):
     rows, picture = [[RED, GREEN], [BLUE, WHITE]], np.zeros((113, 97, 3), np.uint8)
+    Image.fromarray(picture).save('a.png')
     for size in ((48, 56), (49, 57), (194, 226), (97, 113)):
         Image.fromarray(painted('a_sem.png', rows, 100)).resize(size, Image.NEAREST).save('a_sem.png')
-        fitted = doodle.read_map('a_sem.png', 'a.png', picture)
+        (fitted,) = doodle.classify_maps(['a_sem.png'], [('a.png', picture)]).maps
         assert fitted.shape == picture.shape
         assert (fitted[[5, 5, 107, 107], [5, 91, 5, 91]] == [RED, GREEN, BLUE, WHITE]).all()
         assert len(np.unique(fitted.reshape(-1, 3), axis=0)) == 4
@@ -302,23 +308,44 @@ def test_maps_may_have_another_ending(pictures):
     assert doodle.map_path('a.b/c.jpg', '-map.png') == 'a.b/c-map.png'
 
 
+def legend_of(content, style):
+    """The legend of two maps, each a row of colours, three pixels wide and twenty high."""
+    maps = [np.repeat(np.uint8([row] * 20), 3, axis=1) for row in (content, style)]
+    classes, labels = doodle.map_classes(maps, [False, False])
+    names = 'content', 'style'
+    return doodle.legend(classes, dict(zip(names, maps)), dict(zip(names, labels)))
+
+
 def test_the_legend_tells_the_share_of_each_colour_and_nothing_odd_of_clean_maps():
-    red, blue = (255, 0, 0), (0, 0, 255)
-    lines = doodle.legend({'content': np.uint8([[red, red, red, blue]]), 'style': np.uint8([[red, blue]])})
+    lines = legend_of([RED, RED, RED, BLUE], [RED, BLUE])
     assert [line.split() for line in lines] == [['#0000ff', 'content', '25.0%', 'style', '50.0%'],
                                                 ['#ff0000', 'content', '75.0%', 'style', '50.0%']]
 
 
+SEVENTEEN = [(15 * k, 255 - 15 * k, 255 * (k % 2)) for k in range(17)]
+
+
 @pytest.mark.parametrize('content, style, warning', [
-    ([(255, 0, 0)], [(255, 0, 0), (0, 255, 0)], '#00ff00 is in the map of the style only'),
-    ([(0, 0, 255), (255, 0, 0)], [(255, 0, 0)], '#0000ff is in the map of the content only'),
-    ([(k, 0, 0) for k in range(17)], [(k, 0, 0) for k in range(17)], 'The maps have 17 colours'),
-    ([(255, 0, 0)] * 2000 + [(250 - k, k, 0) for k in range(30)], [(255, 0, 0)], '1.5% of the map of the content lies'),
+    ([RED], [RED, RED, GREEN], 'Colours without a counterpart: #00ff00 in the map of the style only (33.3%).'),
+    ([BLUE, RED, GREEN], [RED, GREEN], 'Colours without a counterpart: #0000ff in the map of the content only (33.3%)'),
+    (SEVENTEEN, [RED, GREEN], ' and 11 more.'),
+    (SEVENTEEN, SEVENTEEN, 'The maps have 17 colours'),
+    ([RED], [RED], 'The map of the style has a single class'),
 ])
-def test_the_legend_warns_of_what_may_not_be_meant(content, style, warning):
-    warnings = [line for line in doodle.legend({'content': np.uint8([content]), 'style': np.uint8([style])})
-                if 'WARNING' in line]
-    assert len(warnings) == 1 and warning in warnings[0] and 'FIX: ' in warnings[0]
+def test_the_legend_warns_of_what_is_likely_a_painting_mistake_in_one_line_a_kind(content, style, warning):
+    warnings = [line for line in legend_of(content, style) if 'WARNING' in line]
+    assert any(warning in line for line in warnings) and all('FIX: ' in line for line in warnings)
+    assert len(warnings) == 1 + (content == SEVENTEEN != style)
+
+
+def test_a_content_map_of_one_class_chooses_a_part_of_the_style():
+    assert not any('single class' in line for line in legend_of([RED], [RED, GREEN]))
+
+
+def test_the_legend_tells_colours_that_are_taken_for_one():
+    lines = legend_of([(0, 255, 1), (254, 0, 0)], [GREEN, RED])
+    assert lines[2:] == ['One class, though not quite one colour in the content and the style: '
+                         '#00ff01 and #00ff00, #fe0000 and #ff0000.']
 
 
 # ---- modes -----------------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_evaluations(doodle, objectives, image, style, classes, narrow, w, seed)
     options.semantic_weight, rng = w, np.random.default_rng(seed)
     pictures = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in (image, style)]
     maps = [PAINTS[rng.integers(0, classes, (shape[0], 1 if narrow else shape[1]))] for shape in (image, style)]
-    channels, _ = doodle.map_channels(maps)
+    channels, _ = doodle.map_channels(maps, *doodle.map_classes(maps, [False, False]))
     wide = [np.broadcast_to(c, (*shape, c.shape[2])) for c, shape in zip(channels, (image, style))]
     truth = twin.Twin(weights, pictures[0], wide[0], pictures[1], wide[1], style_layers=('1_2', '2_1'),
                       content_layers=('2_2',), variety=.2, semantic_weight=w)
