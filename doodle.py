@@ -1927,8 +1927,9 @@ def content_loss(f, g):
 def style_loss(f, g, matches):
     """The mean over patches, offsets and channels of (patch of f - matched patch of g)^2 [LW16 eq. 2].
 
-    Up to nine patches cover a pixel p. With c(p) their count and V(p) the sum of the style vectors that they matched
-    there, the sum of squares is  sum_p c |f - V / c|^2  plus what does not depend on f.
+    A sum of squares is never negative and is 0 where f and g are the same, which a form of fewer sums that cancel would
+    not keep. Its gradient at a pixel, 2 sum (f - g) over the up to nine patches that cover it, is summed in one array,
+    where Theano by itself would take nine.
 
     Parameters
     ----------
@@ -1937,17 +1938,15 @@ def style_loss(f, g, matches):
     matches : symbolic int ((H - 2) (W - 2),)
     """
     (H, W, C), (h, w) = (f.shape[k] for k in range(3)), (g.shape[0], g.shape[1])
-    pixels, lengths = g.reshape((h * w, C)), T.sum(g ** 2, axis=2).flatten()
     corner = (matches // (w - 2)) * w + matches % (w - 2)               # style pixel at the top left of each match
-    c, V, G = T.zeros((H, W, 1)), T.zeros((H, W, C)), 0.
+    pixels, slope, total = g.reshape((h * w, C)), T.zeros((H, W, C)), 0.
     for y in range(3):
         for x in range(3):
-            q = corner + y * w + x
-            c = T.inc_subtensor(c[y:H - 2 + y, x:W - 2 + x], 1)
-            V = T.inc_subtensor(V[y:H - 2 + y, x:W - 2 + x], pixels[q].reshape((H - 2, W - 2, C)))
-            G += T.sum(lengths[q])
-    V = theano.gradient.disconnected_grad(V / c)
-    total = T.sum(c * (f - V) ** 2) + (G - T.sum(c * V ** 2))
+            matched = pixels[corner + y * w + x].reshape((H - 2, W - 2, C))
+            difference = theano.gradient.disconnected_grad(f[y:H - 2 + y, x:W - 2 + x] - matched)
+            slope = T.inc_subtensor(slope[y:H - 2 + y, x:W - 2 + x], difference)
+            total += T.sum(difference ** 2)
+    total += T.sum(2 * slope * (f - theano.gradient.disconnected_grad(f)))              # adds 0, and the gradient
     return total / T.cast(9 * (H - 2) * (W - 2) * C, 'float32')
 
 

@@ -39,10 +39,23 @@ def test_style_loss_without_patches_is_the_mean_over_patches(doodle, image, styl
     np.testing.assert_allclose(channels_first(gradient), slope, rtol=1e-4, atol=1e-6)
 
 
-def test_style_loss_is_zero_where_every_patch_is_its_own_match(doodle):
-    f = np.random.default_rng(1).random((6, 7, 5), dtype=np.float32) * 100
-    value, gradient = value_and_gradient(doodle, doodle.style_loss, f, f, np.arange(4 * 5))
-    assert abs(value) < 1e-3 and np.abs(gradient).max() < 1e-4
+def constant(value):
+    return np.full((6, 7, 5), value, dtype=np.float32)
+
+
+SAME = {'black': constant(0), 'constant': constant(.1) + np.float32(.37) * np.arange(5, dtype=np.float32),
+        'large': constant(3e5 / 7), 'small': constant(1e-9 / 7),
+        'random': np.random.default_rng(1).random((6, 7, 5), dtype=np.float32) * 100}
+
+
+@pytest.mark.parametrize('name', SAME)
+@pytest.mark.parametrize('matches', [np.arange(20), np.zeros(20, int), np.random.default_rng(2).permutation(20)])
+def test_style_loss_of_a_picture_in_its_own_style_is_the_twin_s_and_never_negative(doodle, name, matches):
+    f = SAME[name]
+    value, gradient = value_and_gradient(doodle, doodle.style_loss, f, f, matches)
+    expected, slope = twin.style_loss(channels_first(f), twin.patches(channels_first(f))[matches], 1.)
+    assert value >= 0 and value == pytest.approx(expected, rel=1e-6, abs=0)
+    np.testing.assert_allclose(channels_first(gradient), slope, rtol=1e-5, atol=1e-6 * np.abs(slope).max())
 
 
 @pytest.mark.parametrize('image, style', [((1, 1), (4, 7)), ((5, 7), (6, 3))])

@@ -168,6 +168,16 @@ def test_evaluations(doodle, objectives, image, style, classes, narrow, w, seed)
             assert np.linalg.norm(ours.gradient - gradient) < 1e-2 * np.linalg.norm(gradient)
 
 
+@pytest.mark.parametrize('grey', [0, 94, 255])
+def test_a_flat_picture_in_its_own_style_has_no_negative_loss(doodle, objectives, grey):
+    picture, channels = np.full((3, 15, 17), float(grey)), np.full((15, 17, 1), 255, np.uint8)
+    for objective in objectives[1]:
+        objective.set_phase(picture, picture, channels, channels, (17, 15))
+        f = dict(zip(objective.layers, objective.features(np.float32(picture))))
+        for layer, loss in objective(picture).style.items():
+            assert 0 <= loss < 1e-10 * (f[layer] ** 2).mean()
+
+
 @settings(often, max_examples=15)
 @given(shapes(6, 13), shapes(6, 13), st.integers(1, 4), seeds)
 def test_the_gradient_of_the_twin_is_its_finite_difference(objectives, image, style, classes, seed):
