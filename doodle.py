@@ -105,15 +105,19 @@ def one_of(*choices):
     return chosen
 
 
-def weight(text):
-    """A finite number, zero or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 on')
-    return value
+def number(text):
+    """What a decimal number says, or NaN: float() by itself also reads 1_0, infinity and the digits of all scripts."""
+    return float(text) if re.fullmatch(r'[-+]?([0-9]+\.?|[0-9]*\.[0-9]+)([eE][-+]?[0-9]+)?', text) else math.nan
+
+
+def up_to(most):
+    """The option type of a weight: 0, or from 1e-6, below which float32 sees no step of the optimiser, to `most`."""
+    def chosen(text):
+        value = number(text)
+        if value and not 1e-6 <= value <= float(most):
+            raise argparse.ArgumentTypeError(f'{text!r} is neither 0 nor a number from 1e-6 to {most}')
+        return value
+    return chosen
 
 
 def layers(text):
@@ -136,7 +140,7 @@ def size(text):
 def colours(text):
     """``'16:240'`` -> (16.0, 240.0), within 0..255."""
     try:
-        low, high = map(float, text.split(':'))
+        low, high = map(number, text.split(':'))
     except ValueError:
         low, high = math.nan, math.nan
     if not 0 <= low <= high <= 255:
@@ -166,6 +170,7 @@ METHODS = {
 
 method, network, switch = one_of(*METHODS), one_of('vgg19', 'vgg16'), one_of(0, 1)
 parts, steps = one_of(0, *range(2, 17)), one_of(*range(13))           # 12 steps are 90 degrees, or a factor of 0.4
+weight, bias = up_to('1e20'), up_to('1e6')                            # so losses are finite, and features told apart
 
 OPTIONS = {
     'pictures': (
@@ -190,8 +195,8 @@ OPTIONS = {
         ('--smoothness',      weight,  '1.0',        'X',      'weight of the smoothness prior'),
     ),
     'matching': (
-        ('--semantic-weight', weight,  '10.0',       'X',      'weight of the maps against the features; 0: no maps'),
-        ('--variety',         weight,  '0.0',        'X',      'bias toward style patches that are used little'),
+        ('--semantic-weight', bias,    '10.0',       'X',      'weight of the maps against the features; 0: no maps'),
+        ('--variety',         bias,    '0.0',        'X',      'bias toward style patches that are used little'),
         ('--rotations',       steps,   '0',          'N',      'style copies, turned by 7.5 degrees N times each way'),
         ('--scales',          steps,   '0',          'N',      'style copies, rescaled by 0.05 N times each way'),
         ('--slices',          natural, None,         'N',      'batches of matching on a GPU; else its memory decides'),

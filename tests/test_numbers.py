@@ -178,6 +178,23 @@ def test_a_flat_picture_in_its_own_style_has_no_negative_loss(doodle, objectives
             assert 0 <= loss < 1e-10 * (f[layer] ** 2).mean()
 
 
+@pytest.mark.parametrize('weight', [1e-6, 1e20])
+def test_the_smallest_and_largest_weights_scale_losses_and_gradient(doodle, objectives, monkeypatch, weight):
+    options, both, _ = objectives
+    content, style, x = np.random.default_rng(1).uniform(0, 255, (3, 3, 15, 17))
+    channels = np.full((15, 17, 1), 255, np.uint8)
+    for objective in both:
+        found = []
+        for number in (1, weight):
+            for name in ('content_weight', 'style_weight', 'smoothness'):
+                monkeypatch.setattr(options, name, number)
+            objective.set_phase(content, style, channels, channels, (17, 15))
+            found.append(objective(x))
+        one, many = found
+        assert many.total == pytest.approx(one.total * weight, rel=1e-5)
+        np.testing.assert_allclose(many.gradient / weight, one.gradient, atol=1e-5 * np.abs(one.gradient).max())
+
+
 @settings(often, max_examples=15)
 @given(shapes(6, 13), shapes(6, 13), st.integers(1, 4), seeds)
 def test_the_gradient_of_the_twin_is_its_finite_difference(objectives, image, style, classes, seed):

@@ -25,16 +25,18 @@ OURS = dict(method='champandard', rotations=0, scales=0, max_size=None, random_s
 
 NATURAL = ['0', '-1', '1.5', 'ten', '']
 WHOLE = ['-1', '1.5', 'ten', '']
-WEIGHT = ['-1', 'nan', 'inf', '-inf', '1e999', 'ten', '']
+WEIGHT = ['-1', 'nan', 'inf', '-inf', '1e999', 'ten', '', '1.1e20', '9e-7', '1e-45', '1_0', '0x10', '٣', ' 1', '1,5',
+          '.', 'e5']
+BIAS = [*WEIGHT, '1.1e6', '1e38']
 LAYERS = ['6_1', '0_1', '1_3', '3_5', '3-1', 'conv3_1', '3_1,', '3_1 4_1', '']
 BAD = {
     '--output-size': ['640', '640x', 'x480', '0x480', '640x0', '640X480', '-640x480', '6.4x4', '6x4x3', ''],
     '--max-size': NATURAL, '--phases': NATURAL, '--iterations': NATURAL, '--slices': NATURAL,
     '--random-seed': WHOLE, '--print-every': WHOLE, '--save-every': WHOLE,
     '--cache': ['2', '-1', 'yes', ''], '--auto-maps': ['1', '17', '-2', 'yes', ''],
-    '--seed-range': ['16', '240:16', '-1:5', '0:256', 'a:b', 'nan:240', '16:nan', '1:2:3', ':', ''],
-    '--content-weight': WEIGHT, '--style-weight': WEIGHT, '--smoothness': WEIGHT, '--semantic-weight': WEIGHT,
-    '--variety': WEIGHT,
+    '--seed-range': ['16', '240:16', '-1:5', '0:256', 'a:b', 'nan:240', '16:nan', '1:2:3', ':', '1_6:240', '٣:9', ''],
+    '--content-weight': WEIGHT, '--style-weight': WEIGHT, '--smoothness': WEIGHT, '--semantic-weight': BIAS,
+    '--variety': BIAS,
     '--content-layers': LAYERS, '--style-layers': LAYERS,
     '--method': ['Gatys', 'li', ''], '--rotations': WHOLE + ['13'], '--scales': WHOLE + ['13'],
     '--network': ['vgg', 'VGG19', 'resnet', ''],
@@ -42,10 +44,11 @@ BAD = {
 }
 GOOD = [
     ('--output-size=640x480', (640, 480)), ('--auto-maps=2', 2), ('--auto-maps=16', 16),
-    ('--seed-range=0:255', (0, 255)), ('--seed-range=7:7', (7, 7)),
+    ('--seed-range=0:255', (0, 255)), ('--seed-range=7:7', (7, 7)), ('--seed-range=1.5:.2e3', (1.5, 200)),
     ('--random-seed=0', 0), ('--print-every=0', 0), ('--save-every=0', 0),
-    ('--style-weight=0', 0), ('--smoothness=1e-3', 1e-3), ('--cache=1', 1), ('--slices=1000', 1000),
-    ('--style-layers=5_4,1_1,5_4', ['5_4', '1_1']),
+    ('--style-weight=0', 0), ('--smoothness=1e-3', 1e-3), ('--content-weight=1e20', 1e20), ('--style-weight=.5', .5),
+    ('--smoothness=1e-6', 1e-6), ('--semantic-weight=1E6', 1e6), ('--variety=+1.', 1), ('--cache=1', 1),
+    ('--slices=1000', 1000), ('--style-layers=5_4,1_1,5_4', ['5_4', '1_1']),
     ('--device=gpu0', 'cuda0'), ('--device=gpu12', 'cuda12'), ('--device=gpu', 'cuda'), ('--device=cuda1', 'cuda1'),
     ('--device=opencl0:1', 'opencl0:1'),
 ]
