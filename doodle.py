@@ -120,6 +120,21 @@ def up_to(most):
     return chosen
 
 
+def path(text):
+    """A path, with its ~ expanded, which a shell leaves as it is after an =."""
+    if not text:
+        raise argparse.ArgumentTypeError(f'{text!r} is no path')
+    user, _, rest = text.partition('/')
+    if user.startswith('~') and mounts() is not None:
+        home = '$HOME' if user == '~' else f'/home/{user[1:]}'
+        raise UserError(f'{text!r}: ~ in a container is not your home.',
+                        f'mount that, -v "{home}:{home}", and give the path as "{home}/{rest}"')
+    expanded = os.path.expanduser(text)
+    if expanded.startswith('~') and not os.path.lexists(text):
+        raise UserError(f'{text!r}: there is no such user.', f'for a name that begins with ~ give ./{text}')
+    return expanded
+
+
 def layers(text):
     """Names of VGG layers, ``'3_1,4_1'`` -> ``['3_1', '4_1']``."""
     names = text.split(',')
@@ -175,14 +190,14 @@ weight, bias = up_to('1e20'), up_to('1e6')                            # so losse
 OPTIONS = {
     'pictures': (
         # option            type     default       value     meaning
-        ('--style',           str,     None,         'PATH',   'style picture, whose patches are used (needed)'),
-        ('--content',         str,     None,         'PATH',   'content picture, which is painted anew'),
-        ('--output',          str,     'output.png', 'PATH',   'the result; without --content, its map is the doodle'),
+        ('--style',           path,    None,         'PATH',   'style picture, whose patches are used (needed)'),
+        ('--content',         path,    None,         'PATH',   'content picture, which is painted anew'),
+        ('--output',          path,    'output.png', 'PATH',   'the result; without --content, its map is the doodle'),
         ('--output-size',     size,    None,         'WxH',    'width and height for texture synthesis'),
         ('--max-size',        natural, None,         'N',      'shrink pictures with a longer side, maps with them'),
         ('--semantic-ext',    str,     '_sem.png',   'EXT',    'the map of dir/name.jpg is dir/name + this'),
         ('--auto-maps',       parts,   '0',          'N',      'paint the maps that are missing, with N parts'),
-        ('--seed',            str,     'noise',      'SEED',   'start from noise, content, or the picture at a path'),
+        ('--seed',            path,    'noise',      'SEED',   'start from noise, content, or the picture at a path'),
         ('--seed-range',      colours, '16:240',     'LO:HI',  'range of the colours of noise'),
         ('--random-seed',     whole,   None,         'N',      'repeats a run; drawn and printed when not given'),
     ),
@@ -209,11 +224,11 @@ OPTIONS = {
     'machine and files': (
         ('--device',          device,  'cpu',        'DEVICE', 'cpu, gpu0, gpu1, ..; also cuda0, opencl0:0'),
         ('--network',         network, None,         'NAME',   'vgg19 or vgg16; by default the best that can be had'),
-        ('--weights',         str,     None,         'PATH',   'the network: vgg19_conv.pkl.bz2, a Keras .h5, or .npz'),
+        ('--weights',         path,    None,         'PATH',   'the network: vgg19_conv.pkl.bz2, a Keras .h5, or .npz'),
         ('--print-every',     whole,   '10',         'N',      'print a line every N evaluations; 0: never'),
         ('--save-every',      whole,   '10',         'N',      'write a frame every N evaluations; 0: never'),
-        ('--frames',          str,     'frames',     'DIR',    'folder of the frames'),
-        ('--log',             str,     None,         'PATH',   'write every evaluation as a line of JSON'),
+        ('--frames',          path,    'frames',     'DIR',    'folder of the frames'),
+        ('--log',             path,    None,         'PATH',   'write every evaluation as a line of JSON'),
         ('--check',           bool,    False,        None,     'tell what would be done, and what is odd in the maps'),
         ('--resume',          bool,    False,        None,     'go on from the checkpoint of a run that did not end'),
     ),
@@ -265,9 +280,6 @@ def parse_options(arguments):
     for name, default in own.items():
         if default is None and getattr(options, name):
             raise UserError(f'--method={options.method} has no --{name.replace("_", "-")}.', 'leave one of them out')
-    for flag, kind, *_ in sum(OPTIONS.values(), ()):
-        if kind is str and flag != '--semantic-ext' and getattr(options, attribute(flag)) == '':
-            raise UserError(f'{flag} is empty.', 'give a path, or leave it out')
     if not options.style:
         raise UserError('No style picture was given.', f'add --style PATH; to see one at work: {SAMPLE}')
     return options
@@ -1154,7 +1166,7 @@ def fetch_vgg19():
     OSError
         No address gave the file; the message tells why, for each.
     """
-    folder = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'neural-doodle')
+    folder = os.path.join(os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache'), 'neural-doodle')
     path, part = os.path.join(folder, 'vgg19.npz'), os.path.join(folder, KERAS['file'] + '.part')
     if os.path.exists(path):
         return path

@@ -7,6 +7,7 @@ share of the second picture's area whose automatic label is the one that most of
 The baseline are k-means on the colours of each picture alone, with labels matched by the nearest colour.
 """
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('pictures', nargs=2)
     parser.add_argument('--parts', default='4,5,6,8,10')
-    parser.add_argument('--weights', default=str(SAMPLES.parent / 'vgg16.npz'))
+    parser.add_argument('--weights', type=os.path.expanduser, default=str(SAMPLES.parent / 'vgg16.npz'))
     options = parser.parse_args()
     import doodle
     doodle.import_pillow()

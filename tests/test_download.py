@@ -71,6 +71,15 @@ def vgg19(doodle, tmp_path, monkeypatch):
     return content, fetch
 
 
+def test_home_is_expanded_in_the_cache_folder(vgg19, tmp_path, monkeypatch):
+    content, fetch = vgg19
+    monkeypatch.setenv('HOME', str(tmp_path))
+    with Server(content) as server:
+        for cache, folder in (('~/mine', 'mine'), ('', '.cache')):
+            monkeypatch.setenv('XDG_CACHE_HOME', cache)
+            assert fetch(server) == str(tmp_path / folder / 'neural-doodle/vgg19.npz')
+
+
 def test_a_good_server_is_asked_once_and_the_cache_serves_after(vgg19):
     content, fetch = vgg19
     server = Server(content)

@@ -369,7 +369,8 @@ VALUES = st.one_of(st.sampled_from(WORDS + PLAUSIBLE), st.text(max_size=8), st.i
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data(), width=st.integers(1, 40), height=st.integers(1, 40))
 def test_whatever_the_options_and_the_size_it_paints_or_says_why_not(doodle, paint, tmp_path, data, width, height):
-    names = [flag for rows in doodle.OPTIONS.values() for flag, kind, *_ in rows if kind not in (str, bool)]
+    names = [flag for rows in doodle.OPTIONS.values() for flag, kind, *_ in rows
+             if kind not in (str, bool, doodle.path)]
     options = data.draw(st.dictionaries(st.sampled_from(names), VALUES, max_size=3))
     saved(noise(width, height), tmp_path / 'style.png')
     for stale in tmp_path.glob('o.png*'):

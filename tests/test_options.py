@@ -2,6 +2,7 @@
 import ast
 import os
 import pty
+import pwd
 import re
 import subprocess
 import sys
@@ -52,6 +53,8 @@ GOOD = [
     ('--device=gpu0', 'cuda0'), ('--device=gpu12', 'cuda12'), ('--device=gpu', 'cuda'), ('--device=cuda1', 'cuda1'),
     ('--device=opencl0:1', 'opencl0:1'),
 ]
+
+PATHS = ['--style', '--content', '--output', '--seed', '--weights', '--frames', '--log']
 
 TEXTURE = [f'--style={FOLDER / "texture_style.png"}', '--network=vgg16', '--style-layers=2_1', '--phases=1',
            '--iterations=1']
@@ -108,7 +111,39 @@ def test_bad_values_are_refused_by_name(refused, option, value):
 
 def test_every_option_that_is_no_text_has_bad_values_above():
     kinds = {flag: kind for rows in program.OPTIONS.values() for flag, kind, *_ in rows}
-    assert set(BAD) == {flag for flag, kind in kinds.items() if kind not in (str, bool)}
+    assert set(BAD) == {flag for flag, kind in kinds.items() if kind not in (str, bool)} - set(PATHS)
+
+
+# ---- paths -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('option', PATHS)
+def test_home_is_expanded_in_every_path(monkeypatch, option):
+    monkeypatch.setenv('HOME', '/home/me')
+    root = pwd.getpwuid(0).pw_dir
+    for text, expected in (('~/a.png', '/home/me/a.png'), ('~', '/home/me'), ('~root/a.png', f'{root}/a.png'),
+                           ('./~/a.png', './~/a.png'), ('a~.png', 'a~.png'), ('a/~root', 'a/~root')):
+        options = program.parse_options([f'{option}={text}', *['--style=a.png'] * (option != '--style')])
+        assert getattr(options, option[2:]) == expected
+
+
+@pytest.mark.parametrize('option', PATHS)
+def test_the_home_of_nobody_is_refused_and_a_file_of_that_name_is_not(refused, tmp_path, option):
+    style = ['--style=a.png'] * (option != '--style')
+    problem, fix = refused(*style, f'{option}=~nobody known/a.png')
+    assert "'~nobody known/a.png'" in problem and './~nobody known/a.png' in fix
+    (tmp_path / '~$draft.png').touch()
+    assert getattr(program.parse_options([*style, f'{option}=~$draft.png']), option[2:]) == '~$draft.png'
+    assert os.listdir(tmp_path) == ['~$draft.png']
+
+
+@pytest.mark.parametrize('option', PATHS)
+@pytest.mark.parametrize('text, mount, instead', [
+    ('~/pictures/a.png', '-v "$HOME:$HOME"', '"$HOME/pictures/a.png"'), ('~', '-v "$HOME:$HOME"', '"$HOME/"'),
+    ('~jim/a.png', '-v "/home/jim:/home/jim"', '"/home/jim/a.png"')])
+def test_in_a_container_home_is_not_the_caller_s(refused, tmp_path, monkeypatch, option, text, mount, instead):
+    monkeypatch.setenv('DOODLE_CONTAINER', '1')
+    problem, fix = refused(*['--style=a.png'] * (option != '--style'), f'{option}={text}')
+    assert repr(text) in problem and mount in fix and instead in fix and not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize('arguments', [['--nonsense'], ['a.png'], ['--style'], ['--phases=two'], ['--content=a.png']])
