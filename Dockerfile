@@ -27,7 +27,8 @@ FROM base AS program
 #    TMPDIR is there as well, since Theano also runs a trial program in it.
 # 3. The time after which Theano forgets a module, 24 days, counts from the image's birth: so ten years. The folder has
 #    a fixed name, for its usual one has the kernel's version in it, and hashes are not random: some are in its keys.
-# 4. Where the build could not fetch VGG19, a run does not try again, unless asked to.
+# 4. Where the build could not fetch VGG19, a run does not try again, unless asked to by --weights or --network, which
+#    may be abbreviated.
 # The text is the container's to expand, not the build's.
 # hadolint ignore=SC2016
 RUN printf '%s\n' '#!/bin/sh -eu' \
@@ -51,7 +52,7 @@ RUN printf '%s\n' '#!/bin/sh -eu' \
     'cp /bin/true "$work" && "$work/true" 2>/dev/null ||' \
     '    fail "Compiled code cannot run in /tmp, which is mounted noexec." "use --tmpfs /tmp:exec"' \
     'case " $* " in' \
-    '    *" --weights"* | *" --network"*) ;;' \
+    '    *" --w"* | *" --n"*) ;;' \
     '    *) [ -e /opt/doodle/weights/neural-doodle/vgg19.npz ] || set -- --network=vgg16 "$@" ;;' \
     'esac' \
     'export HOME="$work" TMPDIR="$work" XDG_CACHE_HOME=/opt/doodle/weights DOODLE_CONTAINER=1 PYTHONHASHSEED=0' \

@@ -135,6 +135,15 @@ def path(text):
     return expanded
 
 
+def seed(text):
+    """``noise``, ``content``, or the path of a picture."""
+    if (text not in ('', 'noise', 'content') and not os.path.exists(text) and
+            not (re.search('[./~]', text) and math.isnan(number(text)))):
+        raise UserError(f'--seed {text!r} is neither noise, content, nor the path of a picture.',
+                        'give one of these; a number, which repeats a run, goes to --random-seed')
+    return path(text)
+
+
 def layers(text):
     """Names of VGG layers, ``'3_1,4_1'`` -> ``['3_1', '4_1']``."""
     names = text.split(',')
@@ -197,7 +206,7 @@ OPTIONS = {
         ('--max-size',        natural, None,         'N',      'shrink pictures with a longer side, maps with them'),
         ('--semantic-ext',    str,     '_sem.png',   'EXT',    'the map of dir/name.jpg is dir/name + this'),
         ('--auto-maps',       parts,   '0',          'N',      'paint the maps that are missing, with N parts'),
-        ('--seed',            path,    'noise',      'SEED',   'start from noise, content, or the picture at a path'),
+        ('--seed',            seed,    'noise',      'SEED',   'start from noise, content, or the picture at a path'),
         ('--seed-range',      colours, '16:240',     'LO:HI',  'range of the colours of noise'),
         ('--random-seed',     whole,   None,         'N',      'repeats a run; drawn and printed when not given'),
     ),
@@ -242,6 +251,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message, 'see doodle.py --help')
 
 
+class Once(argparse.Action):
+    """Of most options the last one given counts; of these no two different ones are taken."""
+
+    def __call__(self, parser, options, value, flag=None):
+        before = getattr(options, self.dest)
+        if before not in (None, value):
+            raise UserError(f'{flag} is given twice, as {before!r} and as {value!r}.', 'leave one of them out')
+        setattr(options, self.dest, value)
+
+
 def attribute(flag):
     """``'--max-size'`` -> ``'max_size'``."""
     return flag[2:].replace('-', '_')
@@ -273,6 +292,7 @@ def parse_options(arguments):
             others = ''.join(f'; {name}: {own[attribute(flag)]}' for name, own in METHODS.items()
                              if own.get(attribute(flag)))
             how = dict(action='store_true') if kind is bool else dict(type=kind, default=default, metavar=value)
+            how |= dict(action=Once) if flag in ('--style', '--content') else {}
             group.add_argument(flag, **how, help=meaning + others + (f' (default: {default})' if default else ''))
     own = METHODS[parser.parse_args(arguments).method]
     parser.set_defaults(**{name: default or 0 for name, default in own.items()})

@@ -128,7 +128,7 @@ def test_missing_maps_are_written_once(doodle, run, tmp_path, monkeypatch):
     (['--style=astronaut.png', '--auto-maps=6'], 'needs a content picture'),
     ([*SMALL, '--semantic-weight=0'], 'maps that are read'),
     ([*SMALL, '--semantic-ext=_sem.jpg'], 'end in .png'),
-    ([*SMALL, '--content=astronaut.jpg'], 'would have one map'),
+    ([*SMALL[:1], '--content=astronaut.jpg', *SMALL[2:]], 'would have one map'),
     ([*SMALL, '--output=hopper_sem_preview.jpg'], 'is one of the inputs'),
 ])
 def test_mistakes_are_refused_before_any_work(refused, tmp_path, arguments, problem):

@@ -142,7 +142,8 @@ def test_what_is_no_picture_is_refused_by_name(refused, tmp_path):
 
 @pytest.mark.parametrize('option', ['style', 'content', 'seed'])
 def test_a_picture_that_is_not_there_is_refused(refused, pictures, option):  # fault 2
-    problem, fix = refused('--style=face_style.png', '--semantic-weight=0', f'--{option}=none.png')
+    style = ['--style=face_style.png'] * (option != 'style')
+    problem, fix = refused(*style, '--semantic-weight=0', f'--{option}=none.png')
     assert problem == "'none.png' is not there." and 'doodle.py' in fix
 
 

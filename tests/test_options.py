@@ -114,6 +114,55 @@ def test_every_option_that_is_no_text_has_bad_values_above():
     assert set(BAD) == {flag for flag, kind in kinds.items() if kind not in (str, bool)} - set(PATHS)
 
 
+@pytest.mark.parametrize('seed', ['42', '-1', '4.5', '1e9', 'random', 'style', 'Noise', 'contnet', 'my seed'])
+def test_a_seed_that_is_no_path_is_told_what_there_is(refused, tmp_path, seed):
+    problem, fix = refused('--style=a.png', f'--seed={seed}')
+    assert repr(seed) in problem and 'noise, content' in problem and 'path' in problem and '--random-seed' in fix
+    (tmp_path / seed).touch()
+    assert program.parse_options(['--style=a.png', f'--seed={seed}']).seed == seed
+
+
+@pytest.mark.parametrize('seed', ['noise', 'content', 'nothing.png', 'a/b', './42'])
+def test_any_other_seed_is_taken(seed):
+    assert program.parse_options(['--style=a.png', f'--seed={seed}']).seed == seed
+
+
+@pytest.mark.parametrize('option', ['--style', '--content'])
+def test_two_styles_or_contents_are_refused(refused, option):
+    style = ['--style=a.png'] * (option != '--style')
+    problem, _ = refused(*style, f'{option}=b.png', '--phases=2', option, 'c.png')
+    assert option in problem and "'b.png'" in problem and "'c.png'" in problem
+    assert getattr(program.parse_options([*style, *[f'{option}=b.png'] * 3]), option[2:]) == 'b.png'
+
+
+def test_of_all_other_options_the_last_counts():
+    options = vars(program.parse_options([
+        '--style=a.png', '--device=gpu0', '--network=vgg16', '--output=b.png', '--phases=2', '--seed=noise',
+        '--device=cpu', '--network=vgg19', '--output=c.png', '--phases=4', '--seed=content', '--method=li-wand',
+        '--method=champandard']))
+    assert options == {**DEFAULTS, **OURS, 'style': 'a.png', 'device': 'cpu', 'network': 'vgg19', 'output': 'c.png',
+                       'phases': 4, 'seed': 'content'}
+
+
+def test_an_abbreviation_is_one_option_or_refused(refused):
+    flags = [flag for rows in program.OPTIONS.values() for flag, *_ in rows]
+    for flag in flags:
+        for name in (flag[:k] for k in range(3, len(flag))):
+            fitting = [other for other in flags if other.startswith(name)]
+            if name not in flags and len(fitting) > 1:
+                problem, _ = refused('--style=a.png', name, 'x')
+                assert all(other in problem for other in fitting)
+    assert program.parse_options(['--style=a.png', '--iter=7', '--content-w=3']).iterations == 7
+
+
+def test_the_image_tells_a_network_that_is_asked_for_by_any_abbreviation():
+    prefixes = tuple(re.findall(r'\*" (--\w+)"\*', (ROOT / 'Dockerfile').read_text()))
+    for flag in (flag for rows in program.OPTIONS.values() for flag, *_ in rows):
+        assert flag.startswith(prefixes) == (flag in ('--weights', '--network'))
+    for name in ('--w', '--weight', '--n', '--net'):
+        assert name.startswith(prefixes) and program.parse_options(['--style=a.png', f'{name}=vgg19'])
+
+
 # ---- paths -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('option', PATHS)

@@ -88,7 +88,8 @@ def painted(doodle, tmp_path, monkeypatch, capsys):
             doodle.Weights('vgg16', None, 'a file', f'checksum of {options.weights}'), None))
         monkeypatch.setattr(doodle, 'Objective', Objective)
         monkeypatch.setattr(doodle, 'import_theano', lambda device: (device, None))
-        seen.code = doodle.main([*FACES, *arguments])
+        given = {argument.split('=')[0] for argument in arguments}
+        seen.code = doodle.main([*(face for face in FACES if face.split('=')[0] not in given), *arguments])
         seen.out, seen.err = capsys.readouterr()
         seen.log = [json.loads(line) for line in open('log')] if os.path.exists('log') else []
         return seen
