@@ -2963,12 +2963,15 @@ def read_checkpoint(path, header):
         minimiser = Minimiser(arrays['image'])
         vars(minimiser).update((name, arrays.pop(name)) for name in tuple(vars(minimiser)))
         then, now = state['header'], header
-        seed = then['random_seed'] if now['random_seed'] is None else now['random_seed']
+        inputs, noisy = now['inputs'], now['options']['seed'] == 'noise'
+        same = (then['inputs'], then['shapes']) == (inputs, now['shapes'])
+        idle = {'max_size': same, 'output_size': same, 'seed': inputs['seed'], 'seed_range': not noisy,
+                'content_weight': same and not inputs['content'], 'content_layers': same and not inputs['content'],
+                'semantic_weight': same and not inputs['style_map']}    # not used, or what they change is compared
+        seed = then['random_seed'] if now['random_seed'] is None or not noisy else now['random_seed']
         pairs = {'--' + name.replace('_', '-'): (then['options'][name], value)
-                 for name, value in now['options'].items() if name not in FREE}
-        if now['inputs']['seed']:                                       # a picture's path, which may be another
-            del pairs['--seed']
-        pairs |= {f'the picture `{name}`': (then['inputs'][name], now['inputs'][name]) for name in now['inputs']}
+                 for name, value in now['options'].items() if name not in FREE and not idle.get(name)}
+        pairs |= {f'the picture `{name}`': (then['inputs'][name], inputs[name]) for name in inputs}
         pairs |= {'the size': (then['shapes'], now['shapes']),
                   'the file of weights': (then['weights']['sha256'], now['weights']['sha256']),
                   '--random-seed': (then['random_seed'], seed)}

@@ -49,14 +49,14 @@ def painted(doodle, tmp_path, monkeypatch, capsys):
 
     painted('--resume', ..., at={12: action}) acts instead of evaluation 12, counted from this start; after={12: action}
     acts when the history is that after it, but nothing else is known. Returns code, out, err, `asked` (image), the
-    history before each evaluation (None where it is fresh), and the log.
+    history before each evaluation (None where it is fresh), and the log. An argument replaces the `given` one.
     """
     monkeypatch.chdir(tmp_path)
     for path in FOLDER.glob('face*.png'):
         shutil.copy(path, tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def painted(*arguments, at={}, after={}):
+    def painted(*arguments, given=FACES, at={}, after={}):
         seen = SimpleNamespace(asked=[], history=[], phase=None)
 
         class Objective:
@@ -88,8 +88,8 @@ def painted(doodle, tmp_path, monkeypatch, capsys):
             doodle.Weights('vgg16', None, 'a file', f'checksum of {options.weights}'), None))
         monkeypatch.setattr(doodle, 'Objective', Objective)
         monkeypatch.setattr(doodle, 'import_theano', lambda device: (device, None))
-        given = {argument.split('=')[0] for argument in arguments}
-        seen.code = doodle.main([*(face for face in FACES if face.split('=')[0] not in given), *arguments])
+        flags = {argument.split('=')[0] for argument in arguments}
+        seen.code = doodle.main([*(option for option in given if option.split('=')[0] not in flags), *arguments])
         seen.out, seen.err = capsys.readouterr()
         seen.log = [json.loads(line) for line in open('log')] if os.path.exists('log') else []
         return seen
@@ -167,7 +167,8 @@ DIFFERENT = {
     '--style-layers': ['--style-layers=3_1'], '--seed': ['--seed=content'], '--seed-range': ['--seed-range=0:9'],
     '--variety': ['--variety=1'], '--semantic-weight': ['--semantic-weight=0'], '--random-seed': ['--random-seed=0'],
     'content': ['--content=other.png'], 'style': ['--style=other.png'], 'content_map': ['--content=mapped.png'],
-    'weights': ['--weights=other.npz'], '--cache': ['--cache=1'],
+    'weights': ['--weights=other.npz'], '--cache': ['--cache=1'], '--max-size': ['--max-size=90'],
+    '--content-layers': ['--content-layers=4_1'], '--content-weight': ['--content-weight=9'],
 }
 
 
@@ -206,6 +207,35 @@ def test_what_changes_nothing_in_the_picture_may_differ(painted):
     again = painted('--resume', '--content=same.png', '--semantic-ext=_map.png', '--auto-maps=5', '--frames=more',
                     '--slices=7', '--save-every=1', '--print-every=3')
     assert again.code == 0 and len(again.asked) == 30 and '0010.png' in os.listdir('more')
+
+
+UNUSED = [
+    ([], ['--max-size=4096']), (['--max-size=4096'], []), (['--max-size=124'], ['--max-size=125']),
+    (['--seed=content'], ['--seed=content', '--seed-range=0:9', '--random-seed=8']),
+    (['--seed=face_style.png'], ['--seed=face_style.png', '--seed-range=0:9', '--random-seed=8']),
+    (['--semantic-ext=.none'], ['--semantic-ext=.none', '--semantic-weight=3']),
+    (['--method=li-wand'], ['--method=li-wand', '--rotations=2', '--style-weight=10', '--semantic-weight=0']),
+]
+TEXTURE = [FACES[0], *FACES[2:], '--semantic-weight=0']
+UNUSED_BY_TEXTURE = [
+    ([], ['--output-size=124x108']), (['--output-size=124x108', '--max-size=999'], []),
+    ([], ['--content-weight=3', '--content-layers=3_1,4_1', '--max-size=200'])]
+
+
+@pytest.mark.parametrize('given, then, now', [(FACES, *pair) for pair in UNUSED] +
+                         [(TEXTURE, *pair) for pair in UNUSED_BY_TEXTURE])
+def test_an_option_that_changes_nothing_in_this_run_may_differ(painted, given, then, now):
+    with pytest.raises(Killed):
+        painted('--random-seed=7', *then, given=given, at={12: stop(Killed)})
+    again = painted('--resume', *now, given=given)
+    assert (again.code, len(again.asked)) == (0, 30), again.err
+
+
+@pytest.mark.parametrize('option', ['--output-size=124x107', '--max-size=120', '--smoothness=2', '--random-seed=8'])
+def test_an_option_that_changes_a_texture_may_not(painted, option):
+    with pytest.raises(Killed):
+        painted('--random-seed=7', given=TEXTURE, at={12: stop(Killed)})
+    assert f'in which {option.split("=")[0]} was another: ' in painted('--resume', option, given=TEXTURE).err
 
 
 def test_a_seed_is_known_by_its_pixels(painted):
