@@ -1033,6 +1033,11 @@ WIDTHS = (64, 128, 256, 512, 512)                                     # their fi
 FIRST = {'vgg19': (0.341195, 0.339992, -0.0448442),                   # the first row of conv1_1, as correlation on BGR,
          'vgg16': (0.4294706, 0.3734670, -0.0613601)}                 # tells how the colours and filters of a file lie
 
+# A factor for the features of each layer in the losses, whose weights are made for VGG19: it gives the loss terms of
+# Oxford's VGG16 the size that VGG19's have, on average over eight pairs of pictures (samples/measure_balance.py).
+BALANCE = {'vgg19': 16 * (1,),
+           'vgg16': (0.94, 0.87, 0.74, 0.63, 0.53, 0.51, 0.80, 2.59, 4.00, 5.98, 2.24, 2.29, 5.32)}
+
 # VGG19 as Keras publishes it. Hosts vanish: a file is known by its size and checksum, not by its address.
 KERAS = {'file': 'vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5', 'bytes': 80_134_624,
          'md5': '253f8cb515780f3b799900260a226db6'}
@@ -1058,6 +1063,11 @@ def layer_names(kind, needed=None):
     """``'1_1', '1_2', '2_1', ...`` of ``'vgg19'`` or ``'vgg16'``, all or only as deep as the deepest of `needed`."""
     names = [f'{block}_{k}' for block, count in enumerate(BLOCKS[kind], 1) for k in range(1, count + 1)]
     return names[:max(map(names.index, needed)) + 1] if needed else names
+
+
+def balance(kind):
+    """`BALANCE` of ``'vgg19'`` or ``'vgg16'``, {layer: factor}."""
+    return dict(zip(layer_names(kind), BALANCE[kind]))
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -2539,14 +2549,15 @@ class Objective:
     def __init__(self, weights, options, content, semantic, fast=False):
         def array(dimensions, kind='float32'):
             return theano.shared(np.zeros((0,) * dimensions, dtype=kind))
-        self.options, self.fast = options, fast
+        self.options, self.fast, self.balance = options, fast, balance(weights.kind)
         self.content_layers = options.content_layers if content and options.content_weight else []
         self.style_layers = options.style_layers if options.style_weight else []
         self.layers = list(dict.fromkeys(self.content_layers + self.style_layers)) or ['1_1']
 
         # Numbers are variables too, so that the same compiled code serves all their values.
-        self.numbers = {name: theano.shared(np.float32(0)) for name in
-                        ('content_weight', 'style_weight', 'smoothness', 'semantic_weight', 'variety')}
+        self.numbers = {name: theano.shared(np.float32(0)) for name in ('smoothness', 'semantic_weight', 'variety')}
+        self.weights = {(term, layer): theano.shared(np.float32(0)) for term, layers in
+                        (('content', self.content_layers), ('style', self.style_layers)) for layer in layers}
         self.gatys, self.li_wand = options.method == 'gatys', options.method == 'li-wand'
         patched = [] if self.gatys else self.style_layers
         scaled = self.li_wand or options.rotations or options.scales
@@ -2582,11 +2593,11 @@ class Objective:
 
     def compiled(self, x, f, matches, updates):
         """The function x -> loss terms and the gradient of their sum, the matches held fixed."""
-        number = self.numbers
-        terms = [number['smoothness'] * smoothness_loss(x, 1 if self.li_wand else 1.25)]
-        terms += [number['style_weight'] * (gram_loss(f[layer], g) / np.float32(len(self.style)) if self.gatys else
+        weight = self.weights
+        terms = [self.numbers['smoothness'] * smoothness_loss(x, 1 if self.li_wand else 1.25)]
+        terms += [weight['style', layer] * (gram_loss(f[layer], g) / np.float32(len(self.style)) if self.gatys else
                                             style_loss(f[layer], g, matches[layer])) for layer, g in self.style.items()]
-        terms += [number['content_weight'] * content_loss(f[layer], target) for layer, target in self.target.items()]
+        terms += [weight['content', layer] * content_loss(f[layer], target) for layer, target in self.target.items()]
         profile = theano.compile.ProfileStats(atexit_print=False, flag_time_thunks=True) if self.fast else False
         mode = theano.Mode(theano.gof.vm.VM_Linker(use_cloop=True, schedule=depth_first))
         return theano.function([x], terms + [theano.grad(sum(terms), x)], updates=updates, profile=profile, mode=mode)
@@ -2603,6 +2614,9 @@ class Objective:
         """
         for name, variable in self.numbers.items():
             variable.set_value(np.float32(getattr(self.options, name)))
+        for (term, layer), variable in self.weights.items():
+            degree = 4 if self.gatys and term == 'style' else 2         # in the features
+            variable.set_value(np.float32(getattr(self.options, f'{term}_weight') * self.balance[layer] ** degree))
         if self.target:
             f = dict(zip(self.layers, self.features(np.float32(content))))
             for layer, target in self.target.items():
@@ -3248,6 +3262,9 @@ def run(arguments):
         return 0
     weights, remark = find_weights(options)
     notes = [remark or f'Network {weights.kind} from `{weights.path}`.']
+    if set(BALANCE[weights.kind]) != {1}:
+        notes.append(f"Losses of {weights.kind} are scaled, layer by layer, to the size of vgg19's, as measured with "
+                     "Oxford's weights.")
     random_seed, checkpoint = options.random_seed, None
     if os.path.exists(options.checkpoint):
         if options.resume:

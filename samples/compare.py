@@ -3,7 +3,8 @@
 
     python3 samples/compare.py                        the sample pair, in some minutes
 
-makes one labelled picture and prints a table. Each method has its own default weights; all results are measured alike:
+makes one labelled picture and prints a table. Each method has its own default weights; all results are measured alike,
+by features as the losses have them (VGG16's by `BALANCE` of the size of VGG19's):
 
     own part   share of the 3x3 patches whose best style patch, by the features alone, lies in the same part of the map
     content    mean (f - g)^2 at conv4_2, g of the content picture
@@ -35,16 +36,17 @@ def part_of(labels, shape, layer):
 
 def measures(weights):
     """The function picture, style (3, H, W), content's f -> terms and {layer: matches}, compiled once."""
-    theano, T = doodle.theano, doodle.T
+    theano, T, square = doodle.theano, doodle.T, {k: s ** 2 for k, s in doodle.balance(weights.kind).items()}
     x, y, target = T.tensor3(), T.tensor3(), T.tensor3()
     names = list(dict.fromkeys([*GRAMS, *PATCHES, CONTENT]))
     network = doodle.build_network(weights, names, fast=True)
     f, g = doodle.features(network, x, names), doodle.features(network, y, names)
     j = [doodle.fast_match(doodle.unit(f[layer]), doodle.unit(g[layer]), 1)[0] for layer in PATCHES]
-    patches = [doodle.style_loss(f[layer], g[layer], matches) for layer, matches in zip(PATCHES, j)]
-    grams = sum(doodle.gram_loss(f[layer], doodle.gram(g[layer])) for layer in GRAMS) / len(GRAMS)
+    content = square[CONTENT] * doodle.content_loss(f[CONTENT], target)
+    patches = [square[layer] * doodle.style_loss(f[layer], g[layer], matches) for layer, matches in zip(PATCHES, j)]
+    grams = sum(square[layer] ** 2 * doodle.gram_loss(f[layer], doodle.gram(g[layer])) for layer in GRAMS) / len(GRAMS)
     shapes = [part[layer].shape for layer in PATCHES for part in (f, g)]
-    return (theano.function([x, y, target], [doodle.content_loss(f[CONTENT], target), *patches, grams, *j, *shapes]),
+    return (theano.function([x, y, target], [content, *patches, grams, *j, *shapes]),
             theano.function([x], f[CONTENT]))
 
 

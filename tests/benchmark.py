@@ -69,7 +69,7 @@ class Torch:
 
     def __init__(self, weights, options, content, style, content_map, style_map):
         import torch
-        self.torch, self.options = torch, options
+        self.torch, self.options, self.balance = torch, options, doodle.balance(weights.kind)
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.layers = {name: [torch.from_numpy(np.ascontiguousarray(a)) for a in pair]
                        for name, pair in weights.layers.items()}
@@ -131,11 +131,12 @@ class Torch:
     def evaluate(self, x):
         o, x = self.options, self.picture(x).requires_grad_(True)
         f = self.features(x)
-        loss = o.content_weight * (f['4_2'] - self.target).pow(2).mean()
+        loss = o.content_weight * self.balance['4_2'] ** 2 * (f['4_2'] - self.target).pow(2).mean()
         for layer, patches in self.patches.items():
             with self.torch.no_grad():
                 index = self.match(layer, self.key(f[layer], self.maps[layer]))
-            loss = loss + o.style_weight * (self.unfold(f[layer]) - patches[index]).pow(2).mean()
+            weight = o.style_weight * self.balance[layer] ** 2
+            loss = loss + weight * (self.unfold(f[layer]) - patches[index]).pow(2).mean()
         dy, dx = x[:, :, 1:, :-1] - x[:, :, :-1, :-1], x[:, :, :-1, 1:] - x[:, :, :-1, :-1]
         loss = loss + o.smoothness * (dx ** 2 + dy ** 2 + 1e-12).pow(1.25).mean()
         loss.backward()

@@ -78,10 +78,15 @@ def test_smoothness_loss(doodle, shape, power):
     np.testing.assert_allclose(gradient, slope, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize('kind', ['vgg19', 'vgg16'])
 @pytest.mark.parametrize('method, power', [('champandard', 1.25), ('li-wand', 1), ('gatys', 1.25)])
-def test_a_method_is_the_sum_of_its_terms(doodle, method, power):
-    """Every term at an image, and the gradient of all, is the twin's, with the matches that were found."""
-    weights = doodle.Weights('vgg19', {name[4:]: pair for name, pair in thin_weights().items()}, '', '')
+def test_a_method_is_the_sum_of_its_terms(doodle, method, power, kind):
+    """Every term at an image, and the gradient of all, is the twin's, with the matches that were found.
+
+    VGG19's features are in the terms as they are, and VGG16's times their layer's factor.
+    """
+    weights = doodle.Weights(kind, {name[4:]: pair for name, pair in thin_weights().items()}, '', '')
+    balance = {'vgg19': dict.fromkeys(twin.LAYERS, 1), 'vgg16': doodle.balance('vgg16')}[kind]
     o = doodle.parse_options(['--style=-', f'--method={method}', '--style-layers=2_1,3_1', '--content-layers=2_2',
                               '--smoothness=0.1', *([] if method == 'gatys' else ['--rotations=1', '--scales=1'])])
     rng = np.random.default_rng(5)
@@ -91,16 +96,19 @@ def test_a_method_is_the_sum_of_its_terms(doodle, method, power):
     found = objective(x)
 
     f, of_content, of_style = (twin.features(thin_weights(), image, '3_1') for image in (x, content, style))
-    terms = {('content', '2_2'): twin.content_loss(f['2_2'], of_content['2_2'], o.content_weight)}
+    scaled, of_content, of_style = ({layer: balance[layer] * each[layer] for layer in ('2_1', '2_2', '3_1')}
+                                    for each in (f, of_content, of_style))
+    terms = {('content', '2_2'): twin.content_loss(scaled['2_2'], of_content['2_2'], o.content_weight)}
     for layer in o.style_layers:
         if method == 'gatys':
-            terms['style', layer] = twin.gram_loss(f[layer], twin.gram(of_style[layer]), o.style_weight / 2)
+            terms['style', layer] = twin.gram_loss(scaled[layer], twin.gram(of_style[layer]), o.style_weight / 2)
         else:
-            patches = twin.patches(channels_first(objective.style[layer].get_value()))
-            terms['style', layer] = twin.style_loss(f[layer], patches[objective.matches[layer].get_value()],
+            patches = twin.patches(balance[layer] * channels_first(objective.style[layer].get_value()))
+            terms['style', layer] = twin.style_loss(scaled[layer], patches[objective.matches[layer].get_value()],
                                                     o.style_weight)
     smooth, gradient = twin.smoothness_loss(x, o.smoothness, power)
-    gradient = gradient + twin.features_backward(thin_weights(), f, {layer: g for (_, layer), (_, g) in terms.items()})
+    gradient = gradient + twin.features_backward(
+        thin_weights(), f, {layer: balance[layer] * g for (_, layer), (_, g) in terms.items()})
     assert found.smooth == pytest.approx(smooth, rel=1e-4)
     for (kind, layer), (value, _) in terms.items():
         assert getattr(found, kind)[layer] == pytest.approx(value, rel=1e-3), (kind, layer)

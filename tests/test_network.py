@@ -6,10 +6,12 @@ import os
 import pickle
 import shutil
 import struct
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from skimage import data
 
 import golden_data
 import twin
@@ -254,6 +256,41 @@ def test_the_original_file_is_found_beside_the_script_then_in_this_folder(doodle
     script.unlink()
     assert (find(doodle)[0].path, find(doodle)[0].kind) == ('vgg19_conv.pkl.bz2', 'vgg19')
     assert find(doodle, '--network=vgg16')[0].path == str(tmp_path / 'script/vgg16.npz')
+
+
+# ---- balance ---------------------------------------------------------------------------------------------------------
+
+def test_every_layer_has_a_factor_and_those_of_vgg19_change_nothing(doodle):
+    assert set(doodle.BALANCE) == set(doodle.BLOCKS)
+    for kind, factors in doodle.BALANCE.items():
+        assert list(doodle.balance(kind)) == doodle.layer_names(kind) and len(factors) == len(doodle.layer_names(kind))
+    assert set(doodle.BALANCE['vgg19']) == {1}
+
+
+@pytest.mark.parametrize('content, style, share', [('raccoon.jpg', 'cat.jpg', .240),        # VGG19's
+                                                   ('motorcycle_left.png', 'retina.jpg', .222)])
+def test_content_is_as_large_a_part_of_the_loss_as_with_vgg19(doodle, content, style, share):
+    """Of the first evaluation, at pictures on which nothing was fitted."""
+    folder = ROOT / 'samples' if content == 'raccoon.jpg' else Path(data.data_dir)
+    content, style = (doodle.planes(doodle.limited(doodle.read_picture(folder / name), 120, doodle.Image.LANCZOS))
+                      for name in (content, style))
+    objective = doodle.Objective(doodle.read_weights(BUNDLE)[0], doodle.parse_options(['--style=-']), True, False, True)
+    objective.set_phase(content, style, None, None, content.shape[:0:-1])
+    found = objective(np.random.default_rng(1).uniform(16, 240, content.shape))
+    assert share / 1.2 < found.content['4_2'] / found.total < share * 1.2
+
+
+@pytest.mark.parametrize('kind', ['vgg19', 'vgg16'])
+def test_scaled_losses_are_said_to_be(doodle, tmp_path, monkeypatch, capsys, kind):
+    def stop(*_):
+        raise doodle.UserError('so far.', 'nothing')
+    monkeypatch.setattr(doodle, 'find_weights', lambda _: (doodle.Weights(kind, None, 'a file', ''), None))
+    monkeypatch.setattr(doodle, 'import_theano', lambda device: (device, None))
+    monkeypatch.setattr(doodle, 'handle_signals', lambda _: None)
+    monkeypatch.setattr(doodle, 'Objective', stop)
+    monkeypatch.chdir(tmp_path)
+    assert doodle.main([f'--style={ROOT / "samples/gravel.png"}', '--save-every=0']) == 2
+    assert capsys.readouterr().out.count('Losses of vgg16 are scaled') == (kind == 'vgg16')
 
 
 # ---- features --------------------------------------------------------------------------------------------------------

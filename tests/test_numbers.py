@@ -152,7 +152,7 @@ def test_evaluations(doodle, objectives, image, style, classes, narrow, w, seed)
     channels, _ = doodle.map_channels(maps, *doodle.map_classes(maps, [False, False]))
     wide = [np.broadcast_to(c, (*shape, c.shape[2])) for c, shape in zip(channels, (image, style))]
     truth = twin.Twin(weights, pictures[0], wide[0], pictures[1], wide[1], style_layers=('1_2', '2_1'),
-                      content_layers=('2_2',), variety=.2, semantic_weight=w)
+                      content_layers=('2_2',), variety=.2, semantic_weight=w, balance=doodle.balance('vgg16'))
     x = rng.uniform(0, 255, (3, *image))
     total, losses, gradient, matches = truth.evaluate(x)
     content, painted = (doodle.planes(picture) for picture in pictures)

@@ -134,7 +134,8 @@ def test_gradient_of_total(part):
 
 def test_gradient_where_layers_share():
     """A layer of both losses, content below style, several content layers."""
-    t, x = thin_twin(np.random.default_rng(2), content_layers=('2_2', '3_1'), style_layers=('3_1', '1_1'))
+    t, x = thin_twin(np.random.default_rng(2), content_layers=('2_2', '3_1'), style_layers=('3_1', '1_1'),
+                     balance={'2_2': 3., '3_1': .5})
     total, losses, gradient, _ = t.evaluate(x)
     assert list(losses) == ['content_2_2', 'content_3_1', 'smooth_img', 'style_3_1', 'style_1_1']
     assert_is_gradient(lambda y: t.evaluate(y)[0], x, gradient)

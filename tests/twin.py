@@ -220,15 +220,17 @@ class Twin:
     content_map, style_map : (H, W, K), any unit; None, either of them, for matching without maps
     slices : without effect but for the patches that the original drops
     cache : keep the matches of the first evaluation
+    balance : {layer: factor of its features in the losses}; 1 where there is none
     original : the original's rounding and dropped patches
     """
 
     def __init__(self, weights, content, content_map, style, style_map, *, style_layers=('3_1', '4_1'),
                  content_layers=('4_2',), content_weight=10., style_weight=25., semantic_weight=10.,
-                 smoothness=1., variety=0., slices=2, cache=False, original=False, dtype=np.float64):
+                 smoothness=1., variety=0., slices=2, cache=False, balance={}, original=False, dtype=np.float64):
         self.weights = {name: (w.astype(dtype), b.astype(dtype)) for name, (w, b) in weights.items()}
         self.content_weight, self.style_weight, self.smoothness = content_weight, style_weight, smoothness
         self.semantic_weight, self.variety, self.slices, self.cache = semantic_weight, variety, slices, cache
+        self.balance = {layer: dtype(balance.get(layer, 1)) for layer in LAYERS}
         self.original, self.dtype = original, dtype
         self.content_layers = content_layers if content is not None and content_weight else ()
         self.style_layers = style_layers if style_weight else ()
@@ -277,8 +279,9 @@ class Twin:
         x = np.asarray(x, self.dtype)
         f, losses, gradients = features(self.weights, x, self.last), {}, {}
         for layer in self.content_layers:
-            losses[f'content_{layer}'], gradients[layer] = content_loss(f[layer], self.content[layer],
-                                                                        self.content_weight)
+            s = self.balance[layer]
+            losses[f'content_{layer}'], g = content_loss(s * f[layer], s * self.content[layer], self.content_weight)
+            gradients[layer] = s * g
         losses['smooth_img'], gradient = smoothness_loss(x, self.smoothness)
         for layer in self.style_layers:
             if self.variety and layer not in self.matches and not self.cache:
@@ -286,8 +289,9 @@ class Twin:
             if not (self.cache and layer in self.matches):
                 self.matches[layer] = self.match(layer, f[layer])
             matched = self.style_patches[layer][self.matches[layer]]    # (M, C, 3, 3)
-            losses[f'style_{layer}'], g = style_loss(f[layer], matched, self.style_weight)
-            gradients[layer] = gradients.get(layer, 0) + g
+            s = self.balance[layer]
+            losses[f'style_{layer}'], g = style_loss(s * f[layer], s * matched, self.style_weight)
+            gradients[layer] = gradients.get(layer, 0) + s * g
         gradient = gradient + features_backward(self.weights, f, gradients)
         return float(sum(losses.values())), losses, gradient, dict(self.matches)
 
