@@ -3148,6 +3148,9 @@ class Journal:
         if every and self.number % every == 0:
             self.say(progress_line(self.number, evaluation, self.error, time.time() - self.since))
             self.since = time.time()
+        last = (self.phase, self.evaluation) == (0, self.options.iterations - 1)
+        if last and (remark := lost_content(evaluation, self.options)):
+            self.say(remark)
         if self.options.save_every and self.number % self.options.save_every == 0:
             with self.spared(self.options.frames):
                 self.frames = self.frames or claim_frames(self.options.frames)
@@ -3188,6 +3191,16 @@ def progress_line(number, evaluation, error, seconds):
     return (f'{number:>3}   loss {evaluation.total / 1000:.2e}' + by_layer('content', evaluation.content) +
             by_layer('style', evaluation.style) + f'   quality {100 - 100 * math.sqrt(error / 255):>4.1f}%'
             f'   time {seconds:.1f}s')
+
+
+def lost_content(evaluation, options):
+    """What to say where the content is less than 1 % of the loss, or None; who asks for a weight below 1 has it so."""
+    content = sum(evaluation.content.values())
+    if options.method == 'gatys' or options.content_weight < 1 or not 0 < content < 0.01 * evaluation.total:
+        return None
+    weight = options.content_weight * (evaluation.total / content - 1)  # would make it half of this loss
+    return bold(f'WARNING: after the first phase the content is {100 * content / evaluation.total:.1g} % of the loss, '
+                f'and hardly to be seen. FIX: --content-weight={float(f"{weight:.0e}"):.0f}.')
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------

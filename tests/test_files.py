@@ -196,6 +196,37 @@ def test_the_last_line_tells_time_error_device_and_file(texture):
     assert float(error) == pytest.approx(255 * (1 - quality / 100) ** 2, abs=.051) and float(seconds) > 0
 
 
+# ---- a content that hardly counts ------------------------------------------------------------------------------------
+
+FACES = ['--style=face_style.png', '--content=face_content.png', '--phases=2', '--save-every=0']
+
+
+def test_a_content_that_hardly_counts_is_told_once_with_a_weight_that_helps(painted, faces):
+    lost = painted(*COMMON, *FACES, '--iterations=2', '--style-weight=5000')
+    warning, = (line for line in lost.lines if 'WARNING' in line)
+    assert lost.lines.index(warning) < lost.lines.index('Phase #1: resolution 96x112  scale 1.0')
+    entry = lost.log[1]
+    share = entry['content']['4_2'] / entry['total']
+    assert share < .01 and f'the content is {100 * share:.1g} % of the loss' in warning
+    fix = re.search(r'FIX: (--content-weight=[1-9]0*)\.$', warning).group(1)
+    again = painted(*COMMON, *FACES, '--iterations=2', '--style-weight=5000', fix)
+    assert .2 < again.log[1]['content']['4_2'] / again.log[1]['total'] < .8
+    for fine in (again, faces):
+        assert 'WARNING' not in ''.join(fine.lines)
+
+
+@pytest.mark.parametrize('content, total, options, told', [
+    (9.9, 1000, [], '--content-weight=1000.'), (9.9, 1000, ['--method=li-wand'], '--content-weight=1000.'),
+    (10.1, 1000, [], None), (9.9, 1000, ['--content-weight=1'], '--content-weight=100.'),
+    (9.9, 1000, ['--content-weight=0.9'], None), (9.9, 1000, ['--method=gatys'], None), (0, 1000, [], None),
+    (None, 1000, [], None)])
+def test_whom_a_lost_content_is_told(doodle, content, total, options, told):
+    terms = {} if content is None else {'4_2': content / 2, '3_1': content / 2}
+    evaluation = doodle.Evaluation(total, terms, {}, 0., None, 0., 0.)
+    remark = doodle.lost_content(evaluation, doodle.parse_options(['--style=-', *options]))
+    assert remark is None if told is None else remark.endswith(told)
+
+
 # ---- the log ---------------------------------------------------------------------------------------------------------
 
 def test_the_log_begins_with_what_explains_the_run(texture, faces):
