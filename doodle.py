@@ -56,12 +56,16 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import pickle
+import pwd
 import re
 import secrets
+import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -336,19 +340,27 @@ def swatch(colour):
 
 # ---- images and maps -------------------------------------------------------------------------------------------------
 
-# The program's inputs, read and checked: pictures are (H, W, 3) uint8 RGB, maps (H, W, K) uint8, or None.
-Inputs = namedtuple('Inputs', 'content content_map style style_map seed size')
+# The program's inputs, read and checked: pictures are (H, W, 3) uint8 RGB, maps (H, W, K) uint8, or None; so is
+# `style_alpha`, (h, w, 1), which is there only where some of the style picture is wholly transparent.
+Inputs = namedtuple('Inputs', 'content content_map style style_map seed size style_alpha', defaults=[None])
+
+# A picture as it is seen: (H, W, 3) uint8 RGB, its alpha (H, W) uint8 or None, what there is to say of it, in lines.
+Picture = namedtuple('Picture', 'pixels alpha remarks')
+
+# Pictures that Pillow decodes by itself, here: not those for which it starts a program (EPS), of which it knows the
+# name only (WMF), that hold files of any format (ICO, IPTC), or that take a microsecond a pixel (DDS, QOI).
+FORMATS = 'PNG', 'JPEG', 'TIFF', 'WEBP', 'AVIF', 'GIF', 'BMP', 'PPM', 'JPEG2000', 'PSD', 'SGI', 'PCX', 'TGA'
+PIXEL_BYTES = 25                                                      # at most to read a pixel: JPEG2000; others 17
+MOST_SCANS = 100                                                      # of a JPEG; programs make 10, and each takes time
 
 
 def import_pillow():
     """NumPy, Pillow and tqdm, once the options are known to be right: ``--help`` answers without them."""
-    global np, Image, ImageOps, tqdm
+    global np, Image, ImageCms, ImageOps, tqdm
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageCms, ImageOps
     from tqdm import tqdm
-    # Pillow warns beyond this many pixels and refuses twice as many; to read one takes 18 bytes.
-    warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-    Image.MAX_IMAGE_PIXELS = min(Image.MAX_IMAGE_PIXELS, memory_limit() // 40)
+    Image.MAX_IMAGE_PIXELS = None                                       # `check_pixels` knows better
 
 
 def map_path(path, extension):
@@ -361,12 +373,85 @@ def map_paths(options):
     return [find_map(path, options.semantic_ext) for path in (options.content or options.output, options.style)]
 
 
+def is_there(path):
+    """Whether there is anything at `path`; UserError where this user may not know."""
+    try:
+        os.stat(path)
+    except PermissionError:
+        raise forbidden(path) from None
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def forbidden(path):
+    """The `UserError` that names what keeps this user from reading a file: a folder on the way, or its own bits."""
+    def name(user):
+        with contextlib.suppress(KeyError):
+            user = pwd.getpwuid(user).pw_name
+        return user
+    parts = os.path.realpath(path).split('/')
+    folders = ['/'.join(parts[:k]) or '/' for k in range(1, len(parts))]
+    place = next((folder for folder in folders if not os.access(folder, os.X_OK)), '/'.join(parts))
+    found = os.stat(place)
+    return UserError(f'{path!r} may not be read by user {name(os.geteuid())}: {place!r} is '
+                     f'{stat.filemode(found.st_mode)} and of {name(found.st_uid)}.',
+                     f'let all read it: chmod a+{"x" if place in folders else "r"} {shlex.quote(place)}')
+
+
+def tiff_tag(image, number, default):
+    """The (first) number that a TIFF has under a tag; else, and for what is no TIFF, `default`."""
+    return np.ravel(getattr(image, 'tag_v2', {}).get(number, default))[0]
+
+
+def check_pixels(file, path):
+    """Refuse a picture, opened but not yet decoded, that would not fit or is a bomb.
+
+    A small file may claim any size, and flat pictures and maps are small files: 2**26 pixels are always read, 2**28
+    where there are at most 4096 to a byte of the file, and more where there are at most 64, as in photographs.
+    """
+    size, tile = os.path.getsize(path), [int(tiff_tag(file, tag, 0)) for tag in (322, 323)]
+    pixels = max(math.prod(file.size), math.prod(tile))
+    most, where = min((memory_limit() // PIXEL_BYTES, 'the free memory'),
+                      (max(1 << 26, min(size << 12, 1 << 28), size << 6), f'a file of {size / 1e3:,.0f} kB'))
+    if pixels > most:
+        raise UserError(f'{path!r} says that it has {pixels / 1e6:,.0f} million pixels, and {where} is good for '
+                        f'{most / 1e6:,.0f} million.', 'make a smaller copy with a paint program')
+
+
+def scan_count(path):
+    """How many scans the (first) JPEG at `path` has: each is decoded over all of its pixels."""
+    marker, count, place = re.compile(rb'\xff([^\0\xff\xd0-\xd7])'), 0, 0       # no stuffing, filling, or restart
+    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        while (match := marker.search(content, place)) and match[1] != b'\xd9':             # end of the image
+            count, place = count + (match[1] == b'\xda'), match.end()
+            if match[1] not in b'\xd8\x01':                             # which stand alone
+                place += int.from_bytes(content[place:place + 2], 'big')
+    return count
+
+
+@contextlib.contextmanager
+def unheard():
+    """A block in which what libraries say of themselves on stderr, in Python or in C, reaches nobody."""
+    with contextlib.ExitStack() as end:
+        end.enter_context(warnings.catch_warnings())
+        warnings.simplefilter('ignore')
+        with contextlib.suppress(OSError):                              # it may be closed
+            stderr = os.dup(2)
+            end.callback(os.close, stderr)
+            end.callback(os.dup2, stderr, 2)
+            with open(os.devnull, 'w') as null:
+                os.dup2(null.fileno(), 2)
+        yield
+
+
 def decoded(path):
     """The picture or map at `path` as it lies in its file, turned upright by its EXIF orientation.
 
     Parameters
     ----------
     path : str
+        One of `FORMATS`; of what moves it is the first image.
 
     Returns
     -------
@@ -376,9 +461,9 @@ def decoded(path):
     Raises
     ------
     UserError
-        There is no such file, or it is no picture.
+        There is no such file, this user may not read it, it is no picture, or it asks for too much memory or time.
     """
-    if not os.path.isfile(path):
+    if not is_there(path) or not os.path.isfile(path):
         name = os.path.basename(path)
         fix = f'check the path; to see a sample at work: {SAMPLE}'
         if name.startswith(('gollum', 'jim_carrey')):
@@ -387,26 +472,153 @@ def decoded(path):
             fix = f'mount its folder, -v "$PWD:/nd"; looked for {os.path.abspath(path)}, and mounted is {mounted()}'
         raise UserError(f'{path!r} is ' + ('not a file.' if os.path.exists(path) else 'not there.'), fix)
     try:
-        with Image.open(path) as file:
+        with unheard(), Image.open(path, formats=FORMATS) as file:
+            check_pixels(file, path)
+            if file.format in ('JPEG', 'MPO') and (scans := scan_count(path)) > MOST_SCANS:
+                raise ValueError(f'it has {scans} scans, where {MOST_SCANS} are more than any program makes')
+            key = file.info.get('transparency') if file.format == 'PNG' else None
+            if key is not None and file.tile[0].args == 'RGB;16B':      # Pillow leaves it as it is, unlike the pixels
+                file.info['transparency'] = tuple(value >> 8 for value in key)
+            elif key is not None and file.tile[0].args in ('L;2', 'L;4'):
+                file.info['transparency'] = key * (85 if file.tile[0].args == 'L;2' else 17)
             ImageOps.exif_transpose(file, in_place=True)
             return file
+    except UserError:
+        raise
+    except PermissionError:
+        raise forbidden(path) from None
     except Exception as error:  # Pillow's plugins raise whatever broken files make them raise
         raise UserError(f'{path!r} cannot be read as a picture: {one_line(error)}.',
                         'open it and save it again as PNG') from None
 
 
-def rgb(image):
-    """A Pillow image of any common mode as (H, W, 3) uint8, without alpha; 16 bits by 1/257, Pillow would clip."""
-    if image.mode[0] in 'IF':                                           # I;16, or widened to I or F, which may hold
-        grey = np.asarray(image, dtype=np.float64)                      # bytes as well
-        grey = grey / 257 if image.mode.startswith('I;16') or grey.max() > 255 else grey
-        return np.repeat(np.uint8(np.clip(grey + .5, 0, 255))[:, :, None], 3, axis=2)
-    return np.asarray(image.convert('RGBA').convert('RGB'))             # some modes have no direct way to RGB
+def alpha(image):
+    """How opaque the pixels of a Pillow image are, as one of mode L; None where all of them are, wholly."""
+    if not image.has_transparency_data:
+        return None
+    if image.mode[0] == 'I':                                            # has no way to RGBA
+        opaque = Image.fromarray(np.uint8(255) * (np.asarray(image) != image.info['transparency']))
+    else:
+        opaque = image.convert('RGBA').getchannel('A')
+    return opaque if opaque.getextrema()[0] < 255 else None
+
+
+def grey_bytes(image, path):
+    """A Pillow image of deep greys as one of mode L.
+
+    16 bits mean 0..65535, and 12 bits of a TIFF 0..4095. Of 32 bits, whole or floating, nobody says what is white: it
+    is the least of 255, 65535 and 2**32 - 1, or of 1, 255 and 65535, that all but a thousandth of the pixels keep to;
+    brighter ones become white, and darker ones than 0 black.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        Of a mode I or F, or a TIFF of signed bytes.
+    path : str
+
+    Returns
+    -------
+    image : PIL.Image.Image
+        Of mode L.
+    remark : str or None
+        What was taken for white, or that it is nearly black.
+
+    Raises
+    ------
+    UserError
+        There are values that are no numbers, or below 0, or none of these whites suits.
+    """
+    def some(which):                                                    # more than a few hot pixels
+        return np.count_nonzero(which) > max(1, which.size // 1000)
+    values, bits, signed = np.asarray(image), tiff_tag(image, 258, 16), tiff_tag(image, 339, 1) == 2
+    values = values.view({('L', True): 'i1', ('I', False): 'u4' if bits == 32 else 'i4'}.get(
+        (image.mode, signed), values.dtype))
+    whites = [1, 255, 65535] if image.mode == 'F' else [255, 65535, 2 ** 32 - 1]
+    if image.mode.startswith('I;16') or image.format == 'PPM' and image.mode == 'I':
+        whites = [4095 if bits == 12 else 65535]
+    greys = f'has greys from {values.min():g} to {values.max():g}'
+    white = next((white for white in whites if not some(values > white)), None)
+    dark = white and not some(values > white / 16)
+    if not np.isfinite(values).all() or some(values < 0) or not white or dark and white != whites[0]:
+        raise UserError(f'{path!r} {greys}, and none of them can be told to be black or white.',
+                        'save it again with 8 or 16 bits')
+    remark = f'`{path}` {greys}: {white} is white.' if len(whites) > 1 else None
+    if dark and white != 255:
+        remark = bold(f'WARNING: `{path}` {greys}, and {white} is white: it is nearly black. '
+                      'FIX: raise its levels in a paint program.')
+    values = np.multiply(values, 255 / white, dtype=np.float32)
+    if tiff_tag(image, 262, 1) == 0:                                                # white is zero
+        np.subtract(255, values, out=values)
+    values += .5
+    return Image.fromarray(np.uint8(np.clip(values, 0, 255, out=values))), remark
+
+
+def to_srgb(image, profile, path):
+    """A picture in the colours of sRGB, with perceptual intent, as is usual for photographs.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        Of mode L, RGB, CMYK or LAB.
+    profile : bytes or None
+        ICC profile. None is a broken one, and one that changes no colour by more than a step is sRGB: the image stays
+        as it is, bit for bit.
+    path : str
+
+    Returns
+    -------
+    image : PIL.Image.Image
+    remark : str or None
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b''))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile('sRGB'), image.mode, 'RGB')
+        name = ' '.join(ImageCms.getProfileDescription(source).split())
+    except Exception as error:  # not this mode's; a Pillow without LittleCMS raises an ImportError
+        return image, f'The colour profile of `{path}` cannot be used, and its colours are taken as they lie: ' \
+                      f'{one_line(error)}.'
+    colours = np.stack(np.mgrid[:256:15, :256:15, :256:15], axis=3).reshape(18, 18 * 18, 3)
+    colours = Image.fromarray(np.uint8(colours)).convert(image.mode)
+    before, after = (np.int16(colours) for colours in (colours.convert('RGB'), transform.apply(colours)))
+    if np.abs(after - before).max() <= 1:
+        return image, None
+    return transform.apply(image), f'The colours of `{path}` are converted to sRGB from {name}.'
 
 
 def read_picture(path):
-    """The picture at `path` as its colours, (H, W, 3) uint8; UserError as by `decoded`."""
-    return rgb(decoded(path))
+    """A picture of any mode as it is seen: in the colours of sRGB, and where it is transparent on white.
+
+    Parameters
+    ----------
+    path : str
+
+    Returns
+    -------
+    Picture
+
+    Raises
+    ------
+    UserError
+        As by `decoded`, and by `grey_bytes` for deep greys.
+    """
+    image = decoded(path)
+    info, opaque, remarks = image.info, alpha(image), []
+    info.pop('transparency', None)                                      # it is in `opaque`
+    if image.mode[0] in 'IF' or tiff_tag(image, 339, 1) == 2:           # 2: signed bytes
+        image, remark = grey_bytes(image, path)
+        remarks.append(remark)
+    image = image.convert({'1': 'L', 'L': 'L', 'LA': 'L', 'CMYK': 'CMYK', 'LAB': 'LAB'}.get(image.mode, 'RGB'))
+    if 'icc_profile' in info:
+        image, remark = to_srgb(image, info['icc_profile'], path)
+        remarks.append(remark)
+    image = image.convert('RGB')
+    if opaque:
+        image, seen = Image.new('RGB', image.size, 'white'), image
+        image.paste(seen, mask=opaque)
+        opaque = np.asarray(opaque)
+        share = np.count_nonzero(opaque < 255) / opaque.size
+        remarks.append(f'{100 * share:.3g}% of `{path}` is transparent: it is laid on white.')
+    return Picture(np.asarray(image), opaque, list(filter(None, remarks)))
 
 
 def resized(pixels, size, method):
@@ -829,12 +1041,12 @@ def other_endings(path):
 def find_map(path, extension):
     """The map of the picture at `path`: its name + `extension`, or where that is not there, with another ending."""
     exact = map_path(path, extension)
-    return exact if os.path.exists(exact) else next(iter(other_endings(exact)), exact)
+    return exact if is_there(exact) else next(iter(other_endings(exact)), exact)
 
 
 def orientation(path):
     """How the file at `path` says that its picture is turned: 1 not at all, 2 .. 8 by EXIF."""
-    with Image.open(path) as file:
+    with unheard(), Image.open(path, formats=FORMATS) as file:
         return file.getexif().get(0x0112, 1)
 
 
@@ -893,10 +1105,10 @@ def classify_maps(paths, pictures, longest=None):
         sizes.append(limited_size(image.size, longest) if picture is None else picture[1].shape[1::-1])
         if picture is not None:
             warned.append(check_map_size(path, image, picture[0], sizes[-1]))
-        if image.has_transparency_data:
-            clear = (np.asarray(image.convert('RGBA').getchannel('A')) == 0).mean()
-            if clear > 0.01:
-                warned.append(f'{clear:.0%} of {path!r} are transparent: the colours under it count as painted. '
+        opaque = alpha(image)
+        clear = 0 if opaque is None else (np.asarray(opaque) == 0).mean()
+        if clear > 0.01:
+            warned.append(f'{clear:.0%} of {path!r} are transparent: the colours under it count as painted. '
                               'FIX: save the map without transparency')
     maps, numbered = map_pixels(images)
     index = [number or image.format not in ('JPEG', 'MPO') and is_index_map(colours)
@@ -938,7 +1150,7 @@ def read_maps(options, paths, content, style):
         return None, None, [f'Method {options.method}, which reads no semantic maps.']
     pictures = {'content': (options.content, content), 'style': (options.style, style)}
     paths = dict(zip(pictures, paths))
-    found = [name for name in paths if options.semantic_weight and os.path.exists(paths[name])]
+    found = [name for name in paths if options.semantic_weight and is_there(paths[name])]
     if not found:
         return None, None, ['No semantic maps: patches are matched by their features alone.']
     if len(found) == 1:
@@ -988,10 +1200,15 @@ def read_inputs(options):
 
     content = seed = content_map = style_map = None
     if options.content:
-        content = limited(read_picture(options.content), options.max_size, Image.LANCZOS)
-        remarks.append(f'Loading `{options.content}` for content data.')
-    style = limited(read_picture(options.style), options.max_size, Image.LANCZOS)
-    remarks.append(f'Loading `{options.style}` for style data.')
+        content, _, lines = read_picture(options.content)
+        content = limited(content, options.max_size, Image.LANCZOS)
+        remarks += [f'Loading `{options.content}` for content data.', *lines]
+    style, style_alpha, lines = read_picture(options.style)
+    style = limited(style, options.max_size, Image.LANCZOS)
+    remarks += [f'Loading `{options.style}` for style data.', *lines]
+    if style_alpha is not None:
+        style_alpha = limited(style_alpha[:, :, None], options.max_size, Image.BOX)         # (h, w, 1)
+        style_alpha = None if style_alpha.all() else style_alpha
 
     if not missing_maps(options):                                       # else they are painted and read later
         content_map, style_map, lines = read_maps(options, maps, content, style)
@@ -1008,7 +1225,8 @@ def read_inputs(options):
     if options.seed == 'content' and content is None:
         raise UserError('--seed=content needs a content picture.', 'add --content, or use --seed=noise')
     if seed_path:
-        seed = read_picture(seed_path)
+        seed, _, lines = read_picture(seed_path)
+        remarks += lines
     if content is None:
         remarks.append('No content picture: the result depends on style, map and seed only.')
     size = options.output_size or (style if shape is None else shape).shape[1::-1]
@@ -1023,7 +1241,11 @@ def read_inputs(options):
             raise UserError(f'The {name}, {width}x{height}, is too small for conv{layer} in the first of '
                             f'{options.phases} phases, where its sides must be {least} or more.',
                             f'--phases={fits}' if min(width, height) >= least else 'use a larger picture')
-    return Inputs(content, content_map, style, style_map, seed, size), remarks
+    for phase, layer in itertools.product(range(options.phases), () if style_alpha is None else options.style_layers):
+        if not pooled_map(style_alpha, phase_size(style.shape[1::-1], phase, options.phases), layer).any():
+            raise UserError(f'All of {options.style!r} is transparent, as conv{layer} sees it in phase {phase}.',
+                            'use a style picture that shows something')
+    return Inputs(content, content_map, style, style_map, seed, size, style_alpha), remarks
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -1570,7 +1792,7 @@ def missing_maps(options):
     pictures = dict(zip(map_paths(options), (options.content, options.style)))
     if len(pictures) == 1:
         raise UserError(f'{options.content!r} and {options.style!r} would have one map.', 'rename one of them')
-    missing = {path: picture for path, picture in pictures.items() if not os.path.exists(path)}
+    missing = {path: picture for path, picture in pictures.items() if not is_there(path)}
     for path in missing:
         check_folder(os.path.dirname(path) or '.', '--auto-maps', 'copy the picture into a folder of your own')
     return missing
@@ -1795,7 +2017,7 @@ def automatic_maps(pictures, maps, count, weights, fast):
 def paint_maps(options, missing, weights, fast):
     """Paint and write the maps that are `missing`, each with a preview, and say so."""
     paths, targets = (options.content, options.style), map_paths(options)
-    pictures = [read_picture(path) for path in paths]
+    pictures = [read_picture(path).pixels for path in paths]
     maps = []
     for target, path, picture in zip(targets, paths, pictures):
         painted = None if target in missing else classify_maps([target], [(path, picture)])
@@ -2544,9 +2766,11 @@ class Objective:
         Whether there is a content picture, and whether there are maps.
     fast : bool
         With the engine, which is for the CPU; without it by the formulas as they stand.
+    transparent : bool
+        Whether some of the style picture is.
     """
 
-    def __init__(self, weights, options, content, semantic, fast=False):
+    def __init__(self, weights, options, content, semantic, fast=False, transparent=False):
         def array(dimensions, kind='float32'):
             return theano.shared(np.zeros((0,) * dimensions, dtype=kind))
         self.options, self.fast, self.balance = options, fast, balance(weights.kind)
@@ -2560,7 +2784,7 @@ class Objective:
                         (('content', self.content_layers), ('style', self.style_layers)) for layer in layers}
         self.gatys, self.li_wand = options.method == 'gatys', options.method == 'li-wand'
         patched = [] if self.gatys else self.style_layers
-        scaled = self.li_wand or options.rotations or options.scales
+        scaled = self.li_wand or options.rotations or options.scales or transparent
         self.target = {layer: array(3) for layer in self.content_layers}                    # f of content, (H, W, C)
         self.style = {layer: array(2 if self.gatys else 3) for layer in self.style_layers}  # g, (h, w, C); A, (C, C)
         self.keys = self.style if self.li_wand else {layer: array(3) for layer in patched}    # v, (h, w, C + K)
@@ -2602,7 +2826,7 @@ class Objective:
         mode = theano.Mode(theano.gof.vm.VM_Linker(use_cloop=True, schedule=depth_first))
         return theano.function([x], terms + [theano.grad(sum(terms), x)], updates=updates, profile=profile, mode=mode)
 
-    def set_phase(self, content, style, content_map, style_map, size):
+    def set_phase(self, content, style, content_map, style_map, size, style_alpha=None):
         """Compute what stays the same during a phase.
 
         Parameters
@@ -2611,6 +2835,9 @@ class Objective:
             BGR, 0..255; `content` may be None.
         content_map, style_map : arrays (H', W', K) of any size, or None
         size : (width, height) of the image
+        style_alpha : array (h', w', 1) of any size, or None
+            Where it is 0 there is no style: patches that see nothing else are not matched, and a Gram matrix is of the
+            other pixels.
         """
         for name, variable in self.numbers.items():
             variable.set_value(np.float32(getattr(self.options, name)))
@@ -2623,18 +2850,26 @@ class Objective:
                 target.set_value(f[layer])
         steps = self.options.rotations, self.options.scales
         pictures = style_copies(style, *steps, Image.BICUBIC)
-        maps = [] if style_map is None else style_copies(np.moveaxis(style_map, 2, 0), *steps, Image.BILINEAR)
+        maps, alphas = [[] if channels is None else style_copies(np.moveaxis(channels, 2, 0), *steps, Image.BILINEAR)
+                        for channels in (style_map, style_alpha)]
+
+        def pooled(copies, layer):
+            return sheet([pooled_map(np.moveaxis(copy, 0, 2), picture.shape[:0:-1], layer)
+                          for copy, picture in zip(copies, pictures)])[0]
         copies = [{name: g for name, g in zip(self.layers, self.features(picture)) if name in self.style}
                   for picture in pictures]
         for layer in self.style_layers:
             g, whole = sheet([copy.pop(layer) for copy in copies])
-            self.style[layer].set_value(self.gram(g) if self.gatys else g)
+            seen = pooled(alphas, layer)[:, :, 0] > 0 if alphas else None                   # (h, w)
             if self.gatys:
+                self.style[layer].set_value(self.gram(g[seen][None] if alphas else g))
                 continue                                                # it has neither keys nor maps
+            self.style[layer].set_value(g)
+            if alphas:
+                whole *= np.lib.stride_tricks.sliding_window_view(seen, (3, 3)).any(axis=(2, 3)).ravel()
             n = []
             if self.maps[layer] is not None:
-                n = [sheet([pooled_map(np.moveaxis(copy, 0, 2), picture.shape[:0:-1], layer)
-                            for copy, picture in zip(maps, pictures)])[0]]
+                n = [pooled(maps, layer)]
                 self.maps[layer].set_value(pooled_map(content_map, size, layer))
             if not self.li_wand:
                 self.keys[layer].set_value(self.style_key(g, *n))
@@ -2785,7 +3020,7 @@ def paint(objective, inputs, options, random_seed, journal):
         style = resized(inputs.style, phase_size(inputs.style.shape[1::-1], phase, options.phases), Image.LANCZOS)
         objective.set_phase(
             None if inputs.content is None else planes(resized(inputs.content, size, Image.LANCZOS)),
-            planes(style), inputs.content_map, inputs.style_map, size)
+            planes(style), inputs.content_map, inputs.style_map, size, inputs.style_alpha)
         if not journal.state:                                           # else the checkpoint had it
             journal.minimiser = Minimiser(first_image(inputs, options, size, random_seed) if journal.minimiser is None
                                           else enlarged(journal.minimiser.image, size))
@@ -2985,7 +3220,7 @@ def read_checkpoint(path, header):
         seed = then['random_seed'] if now['random_seed'] is None or not noisy else now['random_seed']
         pairs = {'--' + name.replace('_', '-'): (then['options'][name], value)
                  for name, value in now['options'].items() if name not in FREE and not idle.get(name)}
-        pairs |= {f'the picture `{name}`': (then['inputs'][name], inputs[name]) for name in inputs}
+        pairs |= {f'the picture `{name}`': (then['inputs'].get(name), inputs[name]) for name in inputs}
         pairs |= {'the size': (then['shapes'], now['shapes']),
                   'the file of weights': (then['weights']['sha256'], now['weights']['sha256']),
                   '--random-seed': (then['random_seed'], seed)}
@@ -3306,7 +3541,8 @@ def run(arguments):
     for line in remarks + notes + [f'Random seed {random_seed}.']:
         say(f'  - {line}')
     say('  - Compiling, which takes a minute the first time..')
-    objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, used == 'cpu')
+    objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, used == 'cpu',
+                          inputs.style_alpha is not None)
     header = dict(explained(inputs, weights, options, random_seed), device=used)
     journal = Journal(options, inputs.size, header, checkpoint)
     del weights, checkpoint                                             # network and journal have their own

@@ -105,7 +105,7 @@ def main():
             subprocess.run([sys.executable, str(ROOT / 'doodle.py'), f'--method={method}', *common, *copies,
                             f'--output={output}', f'--log={log}'], check=True)
             doodle.import_pillow()
-            results[method] = doodle.read_picture(output)
+            results[method] = doodle.read_picture(output).pixels
             with open(log) as file:
                 header, *evaluations = map(json.loads, file)
             print(f'{TITLES[method]}: {sum(e["seconds"] for e in evaluations):.0f} s in all evaluations\n', flush=True)
@@ -113,7 +113,7 @@ def main():
     options = doodle.parse_options(['--method=champandard', *common, f'--output={a.output}'])
     with mock.patch.dict(os.environ):
         doodle.import_theano('cpu')
-    content, style = (doodle.limited(doodle.read_picture(path), options.max_size, doodle.Image.LANCZOS)
+    content, style = (doodle.limited(doodle.read_picture(path).pixels, options.max_size, doodle.Image.LANCZOS)
                       for path in (a.content, a.style))
     pictures = (a.content, content), (a.style, style)
     maps = doodle.classify_maps([doodle.find_map(path, '_sem.png') for path, _ in pictures], pictures)

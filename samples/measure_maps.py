@@ -71,8 +71,8 @@ def main():
     doodle.import_theano('cpu')
     doodle.import_skimage()
     weights, _ = doodle.read_weights(options.weights)
-    pictures = [doodle.read_picture(SAMPLES / name) for name in options.pictures]
-    painted = [doodle.read_picture(doodle.map_path(SAMPLES / name, '_sem.png')) for name in options.pictures]
+    pictures = [doodle.read_picture(SAMPLES / name).pixels for name in options.pictures]
+    painted = [doodle.read_picture(doodle.map_path(SAMPLES / name, '_sem.png')).pixels for name in options.pictures]
     codes = [doodle.colour_codes(colours) for colours in painted]
     print('               ARI     ARI  agreement       mean')
 

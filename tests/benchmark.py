@@ -32,7 +32,7 @@ def faces(width, height):
     """The sample pair at a size: content, style (3, H, W) and their maps."""
     samples = ROOT / 'samples'
     size, style_size = (width, height), (width * 456 // 384, height)
-    pictures = [doodle.resized(doodle.read_picture(str(samples / name)), to, method) for name, to, method in (
+    pictures = [doodle.resized(doodle.read_picture(str(samples / name)).pixels, to, method) for name, to, method in (
         ('hopper.png', size, doodle.Image.LANCZOS), ('astronaut.png', style_size, doodle.Image.LANCZOS),
         ('hopper_sem.png', size, doodle.Image.NEAREST), ('astronaut_sem.png', style_size, doodle.Image.NEAREST))]
     return *map(doodle.planes, pictures[:2]), *pictures[2:]

@@ -22,8 +22,8 @@ def tool(doodle):
 
 @pytest.fixture(scope='module')
 def faces(doodle):
-    pictures = [doodle.read_picture(str(SAMPLES / name)) for name in FACES]
-    painted = [doodle.read_picture(doodle.map_path(str(SAMPLES / name), '_sem.png')) for name in FACES]
+    pictures = [doodle.read_picture(str(SAMPLES / name)).pixels for name in FACES]
+    painted = [doodle.read_picture(doodle.map_path(str(SAMPLES / name), '_sem.png')).pixels for name in FACES]
     return pictures, painted, doodle.read_weights(str(ROOT / 'vgg16.npz'))[0]
 
 
@@ -110,14 +110,14 @@ def test_missing_maps_are_written_once(doodle, run, tmp_path, monkeypatch):
     assert (tmp_path / 'hopper_sem_preview.jpg').read_text() == 'mine'
     assert 'Adding `hopper_sem.png` as semantic map.' in first.stdout and (tmp_path / 'output.png').exists()
     for name in names:
-        assert doodle.read_picture(str(tmp_path / name)).shape == (480, 384, 3)
+        assert doodle.read_picture(str(tmp_path / name)).pixels.shape == (480, 384, 3)
 
     copied(tmp_path, 'hopper_sem.png')                                  # painted by hand: the other is completed
     os.remove(tmp_path / 'astronaut_sem.png')
     second = run(tmp_path, *SMALL)
     assert second.returncode == 0 and '`astronaut_sem.png`' in second.stdout, second.stderr
     assert (tmp_path / 'hopper_sem.png').read_bytes() == (SAMPLES / 'hopper_sem.png').read_bytes()
-    painted, completed = (np.unique(doodle.colour_codes(doodle.read_picture(str(path)))) for path in (
+    painted, completed = (np.unique(doodle.colour_codes(doodle.read_picture(str(path)).pixels)) for path in (
         SAMPLES / 'hopper_sem.png', tmp_path / 'astronaut_sem.png'))
     assert set(completed) <= set(painted)
     monkeypatch.chdir(tmp_path)

@@ -166,7 +166,7 @@ def paint(doodle, tmp_path, monkeypatch, capsys):
         def __init__(self, *_):
             pass
 
-        def set_phase(self, content, style, content_map, style_map, size):
+        def set_phase(self, content, style, content_map, style_map, size, style_alpha):
             given_to.append((content, style, content_map, style_map, size))
             self.fresh = True
 

@@ -1,18 +1,30 @@
 """Pictures and maps, from their files to what the network and the matching see."""
+import contextlib
 import hashlib
+import io
 import os
 import re
 import shutil
+import stat
 import struct
+import subprocess
+import sys
+import tempfile
+import time
 import zlib
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL._util import DeferredError
 
 import doodle
 import golden_data
+import icc
 import twin
+from conftest import ROOT
 from golden_data import FOLDER
 
 doodle.import_pillow()
@@ -49,20 +61,54 @@ def inputs(*arguments):
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-def rgb16(values):
-    """A PNG of (H, W, 3) 16-bit RGB, which Pillow cannot write."""
+def png(values, bits, kind=0, key=b''):
+    """A PNG of (H, W) greys, or (H, W, 3) RGB (kind 2), of so many bits, by hand; `key` is its tRNS."""
     def chunk(kind, data):
         return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    height, width, _ = values.shape
-    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in values)
-    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 16, 2, 0, 0, 0)) + \
-        chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+    height, width = values.shape[:2]
+    rows = [row.astype('>u2').tobytes() if bits == 16 else
+            np.packbits(np.unpackbits(np.uint8(row).reshape(-1, 1), axis=1)[:, -bits:]).tobytes() for row in values]
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, bits, kind, 0, 0, 0)) + \
+        chunk(b'tRNS', key) * bool(key) + chunk(b'IDAT', zlib.compress(b'\0' + b'\0'.join(rows))) + chunk(b'IEND', b'')
+
+
+def tiff(values, code='<', photometric=1, bits=None, **tags):
+    """A TIFF of (H, W) greys as they lie, by hand: of any type and byte order, and 0 may be white."""
+    height, width = values.shape
+    kind = {'u': 1, 'i': 2, 'f': 3}[values.dtype.kind]
+    data = values.astype(values.dtype.newbyteorder(code)).tobytes()
+    tags = {256: width, 257: height, 258: bits or 8 * values.itemsize, 259: 1, 262: photometric, 273: 8, 277: 1,
+            278: height, 279: len(data), 339: kind, **{int(name[1:]): value for name, value in tags.items()}}
+    entries = b''.join(struct.pack(code + 'HHII', tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    return {'<': b'II*\0', '>': b'MM\0*'}[code] + struct.pack(code + 'I', 8 + len(data)) + data + \
+        struct.pack(code + 'H', len(tags)) + entries + bytes(4)
+
+
+def stored(content, name='a.png'):
+    """The path of a new file in the folder where we are."""
+    Path(name).write_bytes(content)
+    return name
+
+
+def saved(image, format='PNG', **how):
+    """The bytes of a Pillow image."""
+    content = io.BytesIO()
+    image.save(content, format, **how)
+    return content.getvalue()
+
+
+ALPHA = np.array([[0, 1, 255], [255, 0, 128]], np.uint8)
 
 
 def with_alpha(mode):
-    """COLOURS, or GREYS for LA, under an alpha of 0, 1 and 255."""
-    alpha = np.array([[0, 1, 255], [255, 0, 128]], np.uint8)
-    return Image.fromarray(np.dstack([GREYS if mode == 'LA' else COLOURS, alpha]), mode)
+    """COLOURS, or GREYS for LA, under ALPHA."""
+    return Image.fromarray(np.dstack([GREYS if mode == 'LA' else COLOURS, ALPHA]), mode)
+
+
+def on_white(colours, alpha):
+    """(H, W, 3) uint8, with `alpha` (H, W) from 0 to 255 above white."""
+    share = np.asarray(alpha)[:, :, None] / 255
+    return np.uint8(colours * share + 255 * (1 - share) + .5)
 
 
 def palette(**info):
@@ -74,41 +120,213 @@ def palette(**info):
 
 BLACK_AND_WHITE = Image.fromarray(GREYS).point(lambda grey: 255 * (grey > 99)).convert('1')
 DEEP = np.array([[0, 128, 129], [257 * 100, 65535, 257 * 254 + 128]], np.uint16)       # halves of a grey go down
-MODES = {
-    '1': (BLACK_AND_WHITE, 'png', three(np.uint8(255 * (GREYS > 99)))),
-    'L': (Image.fromarray(GREYS), 'png', three(GREYS)),
-    'LA': (with_alpha('LA'), 'png', three(GREYS)),
-    'P': (palette(), 'png', COLOURS),
-    'P with transparency': (palette(transparency=bytes([0, 1, 255])), 'png', COLOURS),
-    'PA': (with_alpha('RGBA').convert('PA'), 'tiff', None),
-    'RGB': (Image.fromarray(COLOURS), 'png', COLOURS),
-    'RGB with transparency': (Image.fromarray(COLOURS), 'png', COLOURS),
-    'RGBA': (with_alpha('RGBA'), 'png', COLOURS),
-    'CMYK': (Image.fromarray(COLOURS).convert('CMYK'), 'tiff', COLOURS),
-    'I;16': (Image.fromarray(DEEP), 'png', three([[0, 0, 1], [100, 255, 254]])),
-    'I;16, dark': (Image.fromarray(np.uint16(GREYS)), 'png', three([[0, 0, 0], [0, 1, 1]])),
-    'I;16 TIFF': (Image.fromarray(DEEP), 'tiff', three([[0, 0, 1], [100, 255, 254]])),
-    'I': (Image.fromarray(np.int32(DEEP)), 'tiff', three([[0, 0, 1], [100, 255, 254]])),
+FEW = palette()
+FEW_ALPHA = np.array([0, 1, 255, 255, 255, 255], np.uint8)
+RED_IS_CLEAR = 255 * (COLOURS != (255, 0, 0)).any(axis=2)
+MODES = {                                                                              # colours, and alpha where it is
+    '1': (BLACK_AND_WHITE, 'png', three(np.uint8(255 * (GREYS > 99))), None),
+    'L': (Image.fromarray(GREYS), 'png', three(GREYS), None),
+    'L with transparency': (Image.fromarray(GREYS), 'png', three(GREYS), 255 * (GREYS != 100)),
+    'LA': (with_alpha('LA'), 'png', three(GREYS), ALPHA),
+    'P': (palette(), 'png', COLOURS, None),
+    'P with transparency': (palette(transparency=bytes(FEW_ALPHA)), 'png', COLOURS, FEW_ALPHA[np.asarray(FEW)]),
+    'P with one transparent colour': (palette(transparency=3), 'gif', COLOURS, 255 * (np.asarray(FEW) != 3)),
+    'PA': (with_alpha('RGBA').convert('PA'), 'tiff', None, ALPHA),
+    'RGB': (Image.fromarray(COLOURS), 'png', COLOURS, None),
+    'RGB with transparency': (Image.fromarray(COLOURS), 'png', COLOURS, RED_IS_CLEAR),
+    'RGBA': (with_alpha('RGBA'), 'png', COLOURS, ALPHA),
+    'RGBA TIFF': (with_alpha('RGBA'), 'tiff', COLOURS, ALPHA),
+    'RGBA, opaque': (Image.fromarray(COLOURS).convert('RGBA'), 'png', COLOURS, None),
+    'CMYK': (Image.fromarray(COLOURS).convert('CMYK'), 'tiff', COLOURS, None),
+    'I;16': (Image.fromarray(DEEP), 'png', three([[0, 0, 1], [100, 255, 254]]), None),
+    'I;16, dark': (Image.fromarray(np.uint16(GREYS)), 'png', three([[0, 0, 0], [0, 1, 1]]), None),
+    'I;16 TIFF': (Image.fromarray(DEEP), 'tiff', three([[0, 0, 1], [100, 255, 254]]), None),
+    'I': (Image.fromarray(np.int32(DEEP)), 'tiff', three([[0, 0, 1], [100, 255, 254]]), None),
 }
 
 
-@pytest.mark.filterwarnings('error::UserWarning')
-@pytest.mark.parametrize('mode', MODES)
-def test_pictures_of_any_mode_mean_their_colours_without_alpha(tmp_path, mode):  # fault 3
-    image, ending, expected = MODES[mode]
+@pytest.fixture(params=MODES)
+def any_mode(request, tmp_path):
+    """The path of a picture of a mode, its colours, and its alpha or None."""
+    image, ending, expected, alpha = MODES[request.param]
     path = str(tmp_path / f'a.{ending}')
-    image.save(path, **({'transparency': (255, 0, 0)} if mode == 'RGB with transparency' else image.info))
-    if expected is None:
-        expected = np.asarray(image.convert('RGB'))
+    how = {'L with transparency': dict(transparency=100), 'RGB with transparency': dict(transparency=(255, 0, 0))}
+    image.save(path, **how.get(request.param, image.info))
+    assert Image.open(path).mode == request.param.split()[0].rstrip(',')
+    return path, np.asarray(image.convert('RGB')) if expected is None else expected, alpha
+
+
+@pytest.mark.filterwarnings('error::UserWarning')
+def test_pictures_of_any_mode_mean_their_colours_on_white(any_mode):  # fault 3
+    path, colours, alpha = any_mode
     read = doodle.read_picture(path)
-    assert Image.open(path).mode == mode.split()[0].rstrip(',')
-    assert read.dtype == np.uint8 and read.tolist() == expected.tolist()
+    assert read.pixels.dtype == np.uint8
+    assert read.pixels.tolist() == (colours if alpha is None else on_white(colours, alpha)).tolist()
+    assert (read.alpha is None) == (alpha is None) and (alpha is None or (read.alpha == alpha).all())
+    told = [f'{100 * np.mean(alpha < 255):.3g}% of `{path}` is transparent: it is laid on white.' for alpha in (
+        [] if alpha is None else [alpha])]
+    assert [line for line in read.remarks if 'transparent' in line] == told
+
+
+@pytest.mark.filterwarnings('error::UserWarning')
+def test_maps_of_any_mode_mean_their_colours_without_alpha(any_mode):  # fault 3
+    path, colours, _ = any_mode
+    image = doodle.decoded(path)
+    (read,), _ = doodle.map_pixels([image])
+    if image.mode[0] == 'I':                                            # labels: bytes as they are, others numbered
+        values = np.asarray(image)
+        colours = three(values if values.max() < 256 else np.searchsorted(np.unique(values), values))
+    assert read.dtype == np.uint8 and read.tolist() == colours.tolist()
+
+
+@pytest.mark.parametrize('bits, kind, values, key, alpha', [
+    (1, 0, [[0, 1]], (1,), [[255, 0]]), (2, 0, [[1, 3]], (1,), [[0, 255]]), (4, 0, [[9, 15]], (15,), [[255, 0]]),
+    (8, 0, [[9, 15]], (9,), [[0, 255]]), (16, 0, [[0x1234, 0x3434]], (0x1234,), [[0, 255]]),
+    (8, 2, [[(1, 2, 3), (3, 2, 1)]], (3, 2, 1), [[255, 0]]),
+    (16, 2, [[(0x1234, 0x5678, 0x9abc), (0x3400, 0x7800, 0xbc00)]], (0x1234, 0x5678, 0x9abc), [[0, 255]])])
+def test_the_transparent_colour_of_a_png_is_known_at_any_depth(tmp_path, monkeypatch, bits, kind, values, key, alpha):
+    monkeypatch.chdir(tmp_path)
+    content = png(np.array(values), bits, kind, struct.pack(f'>{len(key)}H', *key))
+    assert doodle.read_picture(stored(content)).alpha.tolist() == alpha
 
 
 def test_16_bits_a_colour_are_scaled_within_a_step(tmp_path):  # fault 3
     values = np.random.default_rng(0).integers(0, 65536, (4, 5, 3))
-    (tmp_path / 'a.png').write_bytes(rgb16(values))
-    assert np.abs(doodle.read_picture(str(tmp_path / 'a.png')) - values / 257).max() <= 1
+    (tmp_path / 'a.png').write_bytes(png(values, 16, 2))
+    assert np.abs(doodle.read_picture(str(tmp_path / 'a.png')).pixels - values / 257).max() <= 1
+
+
+RAMP = np.linspace(0, 1, 3000).reshape(50, 60)
+HOT, BAD = RAMP.copy(), RAMP.copy()
+HOT[7, 7], BAD[7, 7] = 3e4, np.nan
+BYTES = np.uint8(np.floor(RAMP * 255 + .5))
+DEEP_GREYS = {          # values, how they lie, what they are as bytes or why they are refused, what is said
+    'floats 0..1': (np.float32(RAMP), {}, BYTES, '1 is white'),
+    'doubles 0..1': (RAMP, {}, 'cannot be read', None),
+    'floats 0..1, big end first': (np.float32(RAMP), dict(code='>'), BYTES, '1 is white'),
+    'floats 0..1, 0 is white': (np.float32(RAMP), dict(photometric=0), 255 - BYTES, '1 is white'),
+    'floats 0..255': (np.float32(RAMP * 255), {}, BYTES, '255 is white'),
+    'floats 0..65535': (np.float32(RAMP * 65535), {}, BYTES, '65535 is white'),
+    'floats with a hot pixel': (np.float32(HOT), {}, np.where(HOT > 1, 255, BYTES), '1 is white'),
+    'floats a little below 0': (np.float32(np.where(RAMP > 0, RAMP, -1e-3)), {}, BYTES, '1 is white'),
+    'floats 0..8': (np.float32(RAMP * 8), {}, 'from 0 to 8', None),
+    'floats 0..1e6': (np.float32(RAMP * 1e6), {}, 'from 0 to 1e+06', None),
+    'floats -1..1': (np.float32(2 * RAMP - 1), {}, 'from -1 to 1', None),
+    'floats, one NaN': (np.float32(BAD), {}, 'nan', None),
+    'floats, one infinite': (np.float32(np.where(np.isnan(BAD), np.inf, BAD)), {}, 'inf', None),
+    'floats, dark': (np.float32(RAMP / 100), {}, np.uint8(RAMP * 2.55 + .5), 'nearly black'),
+    'int32 0..255': (np.int32(BYTES), {}, BYTES, '255 is white'),
+    'int32 0..7': (np.int32(RAMP * 7), {}, np.uint8(RAMP * 7), '255 is white'),
+    'int32 0..65535': (np.int32(RAMP * 65535), {}, BYTES, '65535 is white'),
+    'int32 0..4095': (np.int32(RAMP * 4095), {}, 'from 0 to 4095', None),
+    'int32 below 0': (np.int32(RAMP * 255 - 99), {}, 'from -99 to 156', None),
+    'uint32': (np.uint32(RAMP * (2 ** 32 - 1)), {}, BYTES, '4294967295 is white'),
+    'uint32 0..65535': (np.uint32(RAMP * 65535), {}, BYTES, '65535 is white'),
+    'int16 0..255': (np.int16(BYTES), {}, BYTES, '255 is white'),
+    'int16': (np.int16(RAMP * 65535 - 32768), {}, 'from -32768 to 32767', None),
+    'int16, big end first': (np.int16(RAMP * 65535 - 32768), dict(code='>'), 'from -32768 to 32767', None),
+    'int8': (np.int8(RAMP * 255 - 128), {}, 'from -128 to 127', None),
+    'int8 0..127': (np.int8(RAMP * 127), {}, np.uint8(RAMP * 127), '255 is white'),
+    'uint16': (np.uint16(RAMP * 65535), {}, BYTES, None),
+    'uint16, big end first': (np.uint16(RAMP * 65535), dict(code='>'), BYTES, None),
+    'uint16, 0 is white': (np.uint16(RAMP * 65535), dict(photometric=0), 255 - BYTES, None),
+    'uint16 0..255': (np.uint16(BYTES), {}, np.uint8(BYTES > 128), 'nearly black'),
+    'uint8, 0 is white': (BYTES, dict(photometric=0), 255 - BYTES, None),
+}
+
+
+@pytest.mark.parametrize('kind', DEEP_GREYS)
+def test_deep_greys_are_scaled_or_refused_and_never_silently_black(tmp_path, monkeypatch, kind):
+    values, how, expected, told = DEEP_GREYS[kind]
+    monkeypatch.chdir(tmp_path)
+    path = stored(tiff(values, **how), 'a.tif')
+    if isinstance(expected, str):
+        with pytest.raises(doodle.UserError) as refusal:
+            doodle.read_picture(path)
+        assert expected in refusal.value.args[0] and repr(path) in refusal.value.args[0]
+        return
+    pixels, alpha, remarks = doodle.read_picture(path)
+    assert np.abs(pixels.astype(int) - np.asarray(expected)[:, :, None]).max() <= 1 and alpha is None
+    assert [told in line for line in remarks] == [True] * bool(told)
+
+
+def test_12_bits_reach_up_to_4095_and_16_bits_of_a_pgm_up_to_65535(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    twelve = np.repeat([[0x00, 0x07, 0xff, 0xff, 0xf8, 0x00]], 4, axis=0)              # 0, 2047, 4095, 2048 a row
+    content = tiff(np.uint8(twelve), bits=12, _256=4, _339=1)
+    assert doodle.read_picture(stored(content, 'a.tif')).pixels[0, :, 0].tolist() == [0, 127, 255, 128]
+    dark = doodle.read_picture(stored(b'P5 3 1 65535\n' + np.array([0, 200, 255], '>u2').tobytes(), 'a.pgm'))
+    assert dark.pixels[0, :, 0].tolist() == [0, 1, 1] and 'nearly black' in dark.remarks[0]
+
+
+# A colour in the space of a profile, and the same in sRGB.
+PROFILES = {
+    'Display P3': (icc.P3, 'RGB', (234, 51, 35), (255, 0, 0)),
+    'Adobe RGB': (icc.ADOBE, 'RGB', (144, 255, 60), (0, 255, 0)),
+    'ProPhoto': (icc.PROPHOTO, 'RGB', (179, 70, 27), (255, 0, 0)), 'grey': (icc.LINEAR_GREY, 'L', 55, (128, 128, 128)),
+    'CMYK': (icc.CMYK, 'CMYK', (255, 0, 0, 0), (162, 162, 162)),
+}
+
+
+@pytest.mark.parametrize('space', PROFILES)
+@pytest.mark.parametrize('format', ['JPEG', 'TIFF', 'PNG', 'WEBP'])
+def test_colours_of_another_space_become_those_of_srgb(tmp_path, monkeypatch, space, format):
+    profile, mode, colour, expected = PROFILES[space]
+    if mode == 'CMYK' and format in ('PNG', 'WEBP') or (mode, format) == ('L', 'WEBP'):
+        pytest.skip(f'there is no {format} of {mode}')
+    monkeypatch.chdir(tmp_path)
+    how = {'JPEG': dict(quality=100, subsampling=0), 'WEBP': dict(lossless=True)}.get(format, {})
+    path = stored(saved(Image.new(mode, (16, 16), colour), format, icc_profile=profile, **how), 'a')
+    pixels, _, remarks = doodle.read_picture(path)
+    assert np.abs(pixels.astype(int) - expected).max() <= 4                             # steps of ProPhoto are wide
+    assert len(remarks) == 1 and 'are converted to sRGB from' in remarks[0]
+    (as_it_lies,), _ = doodle.map_pixels([doodle.decoded(path)])                       # so a map is read
+    assert (as_it_lies == np.asarray(Image.open(path).convert('RGB'))).all()
+
+
+@pytest.mark.parametrize('mode, profile', [('RGB', icc.SRGB), ('RGBA', icc.SRGB), ('P', icc.SRGB)])
+def test_srgb_is_left_as_it_is(tmp_path, monkeypatch, mode, profile):
+    monkeypatch.chdir(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    pixels, _, remarks = doodle.read_picture(stored(saved(image, icc_profile=profile)))
+    assert remarks == [] and (pixels == np.asarray(image.convert('RGB'))).all()
+
+
+def test_transparent_and_deep_pictures_have_profiles_as_well(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image = Image.new('RGBA', (2, 1), (234, 51, 35, 255))
+    image.putpixel((1, 0), (234, 51, 35, 51))
+    pixels = doodle.read_picture(stored(saved(image, icc_profile=icc.P3))).pixels
+    assert np.abs(pixels.astype(int) - [[(255, 0, 0), (255, 204, 204)]]).max() <= 1
+    deep = Image.fromarray(np.full((2, 2), 257 * 55, np.uint16))
+    assert np.abs(doodle.read_picture(stored(saved(deep, icc_profile=icc.LINEAR_GREY))).pixels - 128.).max() <= 1
+
+
+@pytest.mark.parametrize('mode, profile', [
+    ('RGB', b'no profile'), ('RGB', icc.P3[:200]), ('RGB', icc.CMYK), ('RGB', icc.LINEAR_GREY), ('L', icc.P3),
+    ('CMYK', icc.P3)])
+def test_colours_stay_as_they_lie_where_a_profile_is_broken_or_of_another_mode(tmp_path, monkeypatch, mode, profile):
+    monkeypatch.chdir(tmp_path)
+    image = Image.fromarray(COLOURS).convert(mode)
+    pixels, _, remarks = doodle.read_picture(stored(saved(image, 'TIFF', icc_profile=profile), 'a.tif'))
+    assert (pixels == np.asarray(image.convert('RGB'))).all()
+    assert len(remarks) == 1 and re.fullmatch('The colour profile of `a.tif` cannot be used, [^\n]+', remarks[0])
+
+
+def test_without_littlecms_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doodle.ImageCms, 'core', DeferredError.new(ImportError('no _imagingcms')))
+    pixels, _, remarks = doodle.read_picture(stored(saved(Image.fromarray(COLOURS), icc_profile=icc.P3)))
+    assert (pixels == COLOURS).all() and 'no _imagingcms' in remarks[0] and len(remarks) == 1
+
+
+def test_what_is_written_has_no_profile_of_what_was_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pixels = doodle.read_picture(stored(saved(Image.fromarray(COLOURS), icc_profile=icc.P3))).pixels
+    for name in ('o.png', 'o.jpg', 'o.tif', 'o.webp'):
+        doodle.write_picture(pixels, name)
+        assert 'icc_profile' not in Image.open(name).info
 
 
 @pytest.mark.parametrize('orientation, upright', [
@@ -118,7 +336,7 @@ def test_exif_turns_pictures_upright(tmp_path, orientation, upright):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(COLOURS).save(tmp_path / 'a.png', exif=exif)
-    assert doodle.read_picture(str(tmp_path / 'a.png')).tolist() == upright.tolist()
+    assert doodle.read_picture(str(tmp_path / 'a.png')).pixels.tolist() == upright.tolist()
 
 
 def test_exif_turns_maps_as_it_turns_their_pictures(pictures):
@@ -167,7 +385,7 @@ def test_without_the_pictures_of_the_post_its_command_shows_one_that_runs(refuse
     ('face_style.png', 0, 'b45a0914593e50e30a396ec7e2dcfdc9d08fbf7534f51523dced9eea67aae489'),
     ('tiny_seed.png', 0, '4342e510fb8e3c0c73b24e7edba9cd8012eda009ccc849029c98d0acdf1f9344')])
 def test_pictures_are_scaled_as_by_the_original(name, phase, digest):
-    picture = doodle.read_picture(str(FOLDER / name))
+    picture = doodle.read_picture(str(FOLDER / name)).pixels
     scaled = doodle.resized(picture, doodle.phase_size(picture.shape[1::-1], phase, 3), Image.LANCZOS)
     assert hashlib.sha256(np.ascontiguousarray(scaled)).hexdigest() == digest
 
@@ -180,7 +398,7 @@ def test_phases_double_the_scale_up_to_the_full_size():
 @pytest.mark.parametrize('longest, size', [(None, (96, 112)), (112, (96, 112)), (500, (96, 112)), (56, (48, 56)),
                                            (1, (1, 1))])
 def test_only_what_is_larger_is_limited(longest, size):
-    picture = doodle.read_picture(str(FOLDER / 'face_content.png'))
+    picture = doodle.read_picture(str(FOLDER / 'face_content.png')).pixels
     limited = doodle.limited(picture, longest, Image.LANCZOS)
     assert limited.shape == (*size[::-1], 3)
     assert (limited == doodle.resized(picture, size, Image.LANCZOS)).all()

@@ -183,7 +183,7 @@ def test_a_phase_starts_from_the_last_result_in_floating_point(doodle, painted):
 def test_the_result_is_written_after_every_phase_at_full_size(doodle, painted):
     seen = painted(Objective(doodle, pull=.5), '--phases=3', '--iterations=5')
     assert seen.saved == [(3, 28, 24), (3, 56, 48), (3, 112, 96)]
-    written = doodle.read_picture('out.png')
+    written = doodle.read_picture('out.png').pixels
     assert (written == doodle.pixels(seen.journal.minimiser.image, (96, 112))).all()
 
 
@@ -191,7 +191,7 @@ def test_the_result_is_written_after_every_phase_at_full_size(doodle, painted):
 def test_an_interruption_leaves_the_last_accepted_image(doodle, painted, evaluations):  # fault 16
     objective = Objective(doodle, pull=.5, fails_at=evaluations)
     seen = painted(objective, '--phases=2', '--iterations=12')
-    written = doodle.read_picture('out.png')
+    written = doodle.read_picture('out.png').pixels
     assert (written == doodle.pixels(seen.journal.minimiser.image, (96, 112))).all()
     assert (written != doodle.pixels(objective.asked[0], (96, 112))).any()
     if evaluations > 13:

@@ -386,7 +386,7 @@ def test_a_result_that_cannot_be_written_goes_elsewhere(painted, doodle):
     place, = re.search(r'on device `cpu`: `(.+)`\.$', done.out.strip().splitlines()[-1]).groups()
     assert done.code == 0 and os.path.dirname(place) == 'frames' and place.endswith('-o.png')
     assert dict(warnings(done.out))['deep/o.png'] == os.strerror(errno.EEXIST)
-    assert doodle.read_picture(place).shape == (112, 96, 3)
+    assert doodle.read_picture(place).pixels.shape == (112, 96, 3)
 
 
 def test_a_result_that_no_place_takes_leaves_a_checkpoint(painted):
@@ -440,7 +440,7 @@ def test_a_loss_that_blows_up_again_is_reported_and_the_image_kept(painted, dood
     assert done.code == 2 and len(done.asked) == 15
     assert re.match(r'ERROR: The loss is no longer a number after 13 evaluations; the last good image is in `o.png`\.\n'
                     r'  FIX: try .+\n\Z', done.err)
-    assert doodle.read_picture('o.png').std() > 10
+    assert doodle.read_picture('o.png').pixels.std() > 10
 
 
 def test_each_phase_has_its_second_chance(painted):
