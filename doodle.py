@@ -837,8 +837,10 @@ def painted_classes(maps):
     labels : list of (H, W) int arrays
     """
     codes = [colour_codes(colours) for colours in maps]
-    known = np.unique(np.concatenate([np.unique(code) for code in codes]))
-    table = np.zeros(1 << 24, np.int32)
+    table = np.zeros(1 << 24, np.int32)                                 # of all colours; faster than to sort the pixels
+    for code in codes:
+        table[code] = 1
+    known = np.flatnonzero(table)
     table[known] = np.arange(len(known))
     numbers, colours = [table[code] for code in codes], code_colours(known)                 # (H, W), (N, 3)
     even = [even_pixels(pixels, NOISE) for pixels in maps]
@@ -998,11 +1000,13 @@ def legend(classes, maps, labels):
     lines = [f'{swatch(colour)}#{code:06x}  ' + '  '.join(f'{name} {share:6.1%}' for name, share in zip(names, covered))
              for colour, code, covered in zip(classes.astype(int), codes, shares.T)]
 
-    most = []                                                           # of each map: the commonest colour of a class
+    most, owner = [], np.zeros(1 << 24, np.int16)                       # of each map: the commonest colour of a class
     for name in names:
-        kinds, counts = np.unique(labels[name].astype(np.int64) << 24 | colour_codes(maps[name]), return_counts=True)
-        kinds = kinds[np.argsort(counts, kind='stable')]
-        most.append({kind >> 24: kind & 0xffffff for kind in kinds.tolist()})
+        code = colour_codes(maps[name])
+        counts, owner[code] = np.bincount(code.ravel(), minlength=1 << 24), labels[name]
+        found = np.flatnonzero(counts)
+        found = found[np.argsort(counts[found], kind='stable')]
+        most.append(dict(zip(owner[found].tolist(), found.tolist())))   # of several the last stays
     order = np.argsort(-shares.sum(axis=0), kind='stable').tolist()
     pairs = [f'#{most[0][k]:06x} and #{most[-1][k]:06x}' for k in order
              if all(k in colours for colours in most) and most[0][k] != most[-1][k]]
