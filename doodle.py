@@ -849,7 +849,7 @@ def painted_classes(maps):
         return np.stack([np.bincount(number[w], minlength=len(known)) / number.size
                          for number, w in zip(numbers, where)], axis=1)
 
-    # Peaks: most of what is near such a colour is very near, or it has flat areas itself. A ramp has no peaks.
+    # Peaks: most of what is near such a colour is very near, or exactly of it. A ramp has no peaks.
     flat, exact = shares(even), shares([even_pixels(pixels, 0) for pixels in maps])
     flat[flat.sum(axis=1) < shares([code >= 0 for code in codes]).sum(axis=1) / 4] = 0
     classes = np.zeros((0, 3))
@@ -868,8 +868,9 @@ def painted_classes(maps):
         for centre, _, group in groups(colours, left * far[:, None]):
             k = left[group].sum(axis=0).argmax()
             around = left[group, k].sum()
-            if (left[centre, k] >= max(LEAST, around / 2) or around >= 0.75 * LEAST and inside[group, k].sum() >=
-                    around / 5 or around >= 0.05 or not len(classes)):
+            thin = left[centre, k] >= max(LEAST, around / 2)            # most of it is exactly of one colour
+            area = around >= 0.75 * LEAST and inside[group, k].sum() >= around / 5          # with a noisy border
+            if thin or area or around >= 0.05 or not len(classes):
                 found[centre] = max(way[centre] for way in ways)
         if not found or len(classes) == 64:
             break
@@ -881,7 +882,7 @@ def painted_classes(maps):
 
 
 def sides(number, colours, classes, even):
-    """The class of each pixel of a map, (H, W): its own in flat areas, of a blend the nearest around it; else -1.
+    """The class of each pixel of a map: in flat areas that of its colour, in a blend the nearest around it.
 
     Parameters
     ----------
@@ -906,10 +907,10 @@ def sides(number, colours, classes, even):
     seen, view = np.unique(surroundings(labels, len(classes)), return_inverse=True)
     kinds, index, counts = np.unique(view * len(colours) + number[unknown], return_inverse=True, return_counts=True)
     label, way = np.full(len(kinds), -1, np.int8), np.full(len(kinds), 1e3)
-    for k, bits in enumerate(seen):
+    for place, bits in enumerate(seen):
         around = np.flatnonzero([int(bits) >> k & 1 for k in range(len(classes))])
-        kind = slice(*np.searchsorted(kinds, (k * len(colours), (k + 1) * len(colours))))
-        found = kinds[kind] - k * len(colours)
+        kind = slice(*np.searchsorted(kinds, (place * len(colours), (place + 1) * len(colours))))
+        found = kinds[kind] - place * len(colours)                      # numbers of the colours seen from there
         if len(around):
             way[kind] = distances[found][:, around].min(axis=1)
         if len(around) > 1:
