@@ -1031,8 +1031,8 @@ def legend(classes, maps, labels):
 MAP_ENDINGS = '.png', '.tif', '.tiff', '.webp', '.bmp', '.gif', '.tga', '.ppm', '.jpg', '.jpeg'  # the better come first
 
 
-def other_endings(path):
-    """The pictures of the same name as the map at `path`, but for its ending."""
+def other_endings(path, picture_path):
+    """The files with the name of the map at `path` but another ending of a picture's, and not that of its picture."""
     stem, ending = os.path.splitext(path)
     folder, name = os.path.split(stem)
     found = []
@@ -1040,13 +1040,13 @@ def other_endings(path):
         for stem_there, other in map(os.path.splitext, os.listdir(folder or '.')):
             if stem_there == name and other != ending and other.lower() in MAP_ENDINGS:
                 found.append((MAP_ENDINGS.index(other.lower()), stem + other))
-    return [other for _, other in sorted(found)]
+    return [other for _, other in sorted(found)] if stem != os.path.splitext(picture_path)[0] else []
 
 
 def find_map(path, extension):
     """The map of the picture at `path`: its name + `extension`, or where that is not there, with another ending."""
     exact = map_path(path, extension)
-    return exact if is_there(exact) else next(iter(other_endings(exact)), exact)
+    return exact if is_there(exact) else next(iter(other_endings(exact, path)), exact)
 
 
 def orientation(path):
@@ -1168,8 +1168,8 @@ def read_maps(options, paths, content, style):
     classes, maps, labels, warned = classify_maps(
         list(paths.values()), [picture if picture[0] else None for picture in pictures.values()], options.max_size)
     remarks = []
-    for path in paths.values():
-        unread = ', '.join(f'`{other}`' for other in other_endings(path))
+    for name, path in paths.items():
+        unread = ', '.join(f'`{other}`' for other in other_endings(path, pictures[name][0] or ''))
         remarks.append(f'Adding `{path}` as semantic map' + (f', and not {unread}.' if unread else '.'))
     remarks += legend(classes, dict(zip(paths, maps)), dict(zip(paths, labels))) + warned
     (content_map, style_map), remark = map_channels(maps, classes, labels)

@@ -381,6 +381,12 @@ def test_of_several_maps_png_wins_and_the_others_are_named(files):
     assert 'Adding `me_sem.webp` as semantic map, and not `me_sem.jpg`.' in read()[1]
 
 
+def test_a_picture_is_never_its_own_map(files):
+    two_maps()
+    for ending in ('.none', '.jpg'):
+        assert read(f'--semantic-ext={ending}')[0].content_map is None
+
+
 def test_a_map_with_another_ending_counts_as_painted_for_automatic_maps(files):
     two_maps('me_sem.jpg')
     os.remove('you_sem.png')
