@@ -350,7 +350,8 @@ Picture = namedtuple('Picture', 'pixels alpha remarks')
 # Pictures that Pillow decodes by itself, here: not those for which it starts a program (EPS), of which it knows the
 # name only (WMF), that hold files of any format (ICO, IPTC), or that take a microsecond a pixel (DDS, QOI).
 FORMATS = 'PNG', 'JPEG', 'TIFF', 'WEBP', 'AVIF', 'GIF', 'BMP', 'PPM', 'JPEG2000', 'PSD', 'SGI', 'PCX', 'TGA'
-PIXEL_BYTES = 25                                                      # at most to read a pixel: JPEG2000; others 17
+PIXEL_BYTES = 26                                                      # at most to read a pixel: JPEG2000; others 17
+SMALLER = 'make a smaller copy with a paint program'
 MOST_SCANS = 100                                                      # of a JPEG; programs make 10, and each takes time
 
 
@@ -413,10 +414,10 @@ def check_pixels(file, path):
     size, tile = os.path.getsize(path), [int(tiff_tag(file, tag, 0)) for tag in (322, 323)]
     pixels = max(math.prod(file.size), math.prod(tile))
     most, where = min((memory_limit() // PIXEL_BYTES, 'the free memory'),
-                      (max(1 << 26, min(size << 12, 1 << 28), size << 6), f'a file of {size / 1e3:,.0f} kB'))
+                      (max(1 << 26, min(size << 12, 1 << 28), size << 6), f'a file of {size:,} bytes'))
     if pixels > most:
         raise UserError(f'{path!r} says that it has {pixels / 1e6:,.0f} million pixels, and {where} is good for '
-                        f'{most / 1e6:,.0f} million.', 'make a smaller copy with a paint program')
+                        f'{most / 1e6:,.0f} million.', SMALLER)
 
 
 def scan_count(path):
@@ -471,6 +472,8 @@ def decoded(path):
         if mounts() is not None:
             fix = f'mount its folder, -v "$PWD:/nd"; looked for {os.path.abspath(path)}, and mounted is {mounted()}'
         raise UserError(f'{path!r} is ' + ('not a file.' if os.path.exists(path) else 'not there.'), fix)
+    if os.path.getsize(path) > memory_limit() / 4:                      # some formats are read as a whole
+        raise UserError(f'{path!r} has {os.path.getsize(path) / 1e9:.1f} GB, too much for the free memory.', SMALLER)
     try:
         with unheard(), Image.open(path, formats=FORMATS) as file:
             check_pixels(file, path)
@@ -488,7 +491,8 @@ def decoded(path):
     except PermissionError:
         raise forbidden(path) from None
     except Exception as error:  # Pillow's plugins raise whatever broken files make them raise
-        raise UserError(f'{path!r} cannot be read as a picture: {one_line(error)}.',
+        long = 'a text or a profile in it is too long' if 'MAX_TEXT' in str(error) else None
+        raise UserError(f'{path!r} cannot be read as a picture: {long or one_line(error)}.',
                         'open it and save it again as PNG') from None
 
 
@@ -530,9 +534,8 @@ def grey_bytes(image, path):
     """
     def some(which):                                                    # more than a few hot pixels
         return np.count_nonzero(which) > max(1, which.size // 1000)
-    values, bits, signed = np.asarray(image), tiff_tag(image, 258, 16), tiff_tag(image, 339, 1) == 2
-    values = values.view({('L', True): 'i1', ('I', False): 'u4' if bits == 32 else 'i4'}.get(
-        (image.mode, signed), values.dtype))
+    values, bits, kind = np.asarray(image), tiff_tag(image, 258, 16), tiff_tag(image, 339, 1)
+    values = values.view({('L', 8, 2): 'i1', ('I', 32, 1): 'u4'}.get((image.mode, bits, kind), values.dtype))
     whites = [1, 255, 65535] if image.mode == 'F' else [255, 65535, 2 ** 32 - 1]
     if image.mode.startswith('I;16') or image.format == 'PPM' and image.mode == 'I':
         whites = [4095 if bits == 12 else 65535]
@@ -547,7 +550,7 @@ def grey_bytes(image, path):
         remark = bold(f'WARNING: `{path}` {greys}, and {white} is white: it is nearly black. '
                       'FIX: raise its levels in a paint program.')
     values = np.multiply(values, 255 / white, dtype=np.float32)
-    if tiff_tag(image, 262, 1) == 0:                                                # white is zero
+    if tiff_tag(image, 262, 1) == 0:                                    # white is
         np.subtract(255, values, out=values)
     values += .5
     return Image.fromarray(np.uint8(np.clip(values, 0, 255, out=values))), remark
@@ -1046,7 +1049,7 @@ def other_endings(path, picture_path):
 def find_map(path, extension):
     """The map of the picture at `path`: its name + `extension`, or where that is not there, with another ending."""
     exact = map_path(path, extension)
-    return exact if is_there(exact) else next(iter(other_endings(exact, path)), exact)
+    return exact if os.path.lexists(exact) else next(iter(other_endings(exact, path)), exact)
 
 
 def orientation(path):
@@ -1363,12 +1366,14 @@ def read_weights(path):
         The file is missing or broken, or an array has the wrong shape.
     """
     fix = 'use the original vgg19_conv.pkl.bz2, the Keras .h5 of VGG19 or VGG16, or leave --weights out'
-    if not os.path.isfile(path):
+    if not is_there(path) or not os.path.isfile(path):
         raise UserError(f'{path!r} is no file with weights.', fix)
     reader = {'.npz': read_npz, '.h5': read_h5, '.hdf5': read_h5}.get(os.path.splitext(path)[1], read_pickle)
     try:
         layers = {name: tuple(np.asarray(array, dtype=np.float32) for array in pair)
                   for name, pair in reader(path).items()}
+    except PermissionError:
+        raise forbidden(path) from None
     except Exception as error:  # a broken file can raise anything in the libraries that read it
         raise UserError(f'{path!r} cannot be read as weights: {one_line(error)}.', fix) from None
 

@@ -67,6 +67,11 @@ def bomb(pixels, path, side=30_000):
                      chunk(b'IDAT', rows) + chunk(b'IEND', b''))
 
 
+def fax(pixels, path, side=11_875):
+    """A TIFF of side x side white pixels in some 4 kB."""
+    Image.new('1', (side, side), 255).save(path, 'TIFF', compression='group4')
+
+
 def rotated(pixels, path):
     """Lying on its side, with an EXIF orientation that turns it upright."""
     picture = Image.fromarray(np.ascontiguousarray(np.rot90(pixels)))
@@ -94,6 +99,12 @@ def broken(pixels, path):
     path.write_bytes(content)
 
 
+def broken_tiff():
+    content = bytearray(bytes_of(halves(), format='TIFF', compression='tiff_adobe_deflate'))
+    content[12:40] = bytes(28)
+    return bytes(content)
+
+
 def named(name):
     """A kind that stands under another name, which the run is given."""
     def make(pixels, path):
@@ -114,7 +125,9 @@ REFUSED = {
     '1x1': lambda p, path: saved(p[:1, :1], path),
     '1x5000': lambda p, path: saved(np.tile(p[:1, :1], (5000, 1, 1)), path),
     'a wide line': lambda p, path: saved(np.tile(p[:1, :1], (1, 5000, 1)), path),
-    'no pixels': write(b'P6 0 0 255\n'),
+    'no pixels': write(b'P6 0 0 255\n'), 'a PostScript': write(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n'),
+    'a bomb of a TIFF': fax, 'a TIFF that libtiff complains of': write(broken_tiff()),
+    'a bomb of a WEBP': lambda p, path: Image.new('RGB', (9000, 9000)).save(path, 'WEBP', lossless=True, method=0),
 }
 ACCEPTED = {
     'PNG': saved, 'JPEG': lambda p, path: saved(p, path, format='JPEG', quality=95),
@@ -389,10 +402,11 @@ def test_whatever_the_options_and_the_size_it_paints_or_says_why_not(doodle, pai
 # ---- as processes ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('arguments', [
-    ['--style=bomb.png'], ['--style=/dev/zero'], ['--style=fifo'], ['--style=style.png', '--weights=runs.pkl'],
-    [b'--style=not \xff there.png'], ['--style=style.png', '--phases=40']])
+    ['--style=bomb.png'], ['--style=broken.tif'], ['--style=/dev/zero'], ['--style=fifo'],
+    ['--style=style.png', '--weights=runs.pkl'], [b'--style=not \xff there.png'], ['--style=style.png', '--phases=40']])
 def test_the_process_ends_with_2_within_seconds(tmp_path, pictures, arguments):
     bomb(None, tmp_path / 'bomb.png')
+    (tmp_path / 'broken.tif').write_bytes(broken_tiff())                                # libtiff would write to stderr
     os.mkfifo(tmp_path / 'fifo')
     (tmp_path / 'runs.pkl').write_bytes(WEIGHTS['runs.pkl'])
     done = subprocess.run([sys.executable, ROOT / 'doodle.py', *arguments, '--save-every=0'], cwd=tmp_path, text=True,

@@ -268,14 +268,15 @@ PROFILES = {
 }
 
 
-@pytest.mark.parametrize('space', PROFILES)
-@pytest.mark.parametrize('format', ['JPEG', 'TIFF', 'PNG', 'WEBP'])
+@pytest.mark.parametrize('space, format', [
+    *((space, format) for space in PROFILES for format in ('JPEG', 'TIFF')), ('grey', 'PNG'),
+    *((space, format) for space in ('Display P3', 'Adobe RGB', 'ProPhoto') for format in ('PNG', 'WEBP')),
+    ('Display P3', 'AVIF')])
 def test_colours_of_another_space_become_those_of_srgb(tmp_path, monkeypatch, space, format):
     profile, mode, colour, expected = PROFILES[space]
-    if mode == 'CMYK' and format in ('PNG', 'WEBP') or (mode, format) == ('L', 'WEBP'):
-        pytest.skip(f'there is no {format} of {mode}')
     monkeypatch.chdir(tmp_path)
-    how = {'JPEG': dict(quality=100, subsampling=0), 'WEBP': dict(lossless=True)}.get(format, {})
+    how = {'JPEG': dict(quality=100, subsampling=0), 'AVIF': dict(quality=100, subsampling='4:4:4'),
+           'WEBP': dict(lossless=True)}.get(format, {})
     path = stored(saved(Image.new(mode, (16, 16), colour), format, icc_profile=profile, **how), 'a')
     pixels, _, remarks = doodle.read_picture(path)
     assert np.abs(pixels.astype(int) - expected).max() <= 4                             # steps of ProPhoto are wide
@@ -327,6 +328,176 @@ def test_what_is_written_has_no_profile_of_what_was_read(tmp_path, monkeypatch):
     for name in ('o.png', 'o.jpg', 'o.tif', 'o.webp'):
         doodle.write_picture(pixels, name)
         assert 'icc_profile' not in Image.open(name).info
+
+
+@pytest.mark.parametrize('width, height, size, memory, accepted', [
+    (16320, 12240, 60e6, 24e9, True), (16320, 12240, 300e3, 24e9, True),               # a telephone's; its map, flat
+    (16320, 12240, 60e6, 4e9, False), (16320, 12240, 8e3, 24e9, False), (12000, 11750, 8e3, 24e9, False),
+    (8192, 8192, 40, 24e9, True), (8192, 8193, 40, 24e9, False), (30000, 30000, 113e3, 1e12, False),
+    (30000, 30000, 20e6, 1e12, True), (30000, 30000, 20e6, 8e9, False), (1000, 1000, 9e6, 2e7, False)])
+def test_pixels_are_bounded_by_the_memory_and_by_the_file(tmp_path, monkeypatch, width, height, size, memory, accepted):
+    monkeypatch.setattr(doodle, 'memory_limit', lambda: int(memory))
+    with open(tmp_path / 'a', 'wb') as file:
+        file.truncate(int(size))
+    with contextlib.nullcontext() if accepted else pytest.raises(doodle.UserError, match='million pixels'):
+        doodle.check_pixels(SimpleNamespace(size=(width, height)), str(tmp_path / 'a'))
+
+
+def scanned(count, size=(16, 16)):
+    """A JPEG with so many scans: one of the luminance again and again."""
+    content = saved(Image.new('L', size, 99), 'JPEG', progressive=True)
+    scans = [match.start() for match in re.finditer(b'\xff\xda', content)]
+    return content[:-2] + content[scans[1]:scans[2]] * (count - len(scans)) + b'\xff\xd9'
+
+
+def test_a_jpeg_of_more_than_100_scans_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert doodle.read_picture(stored(scanned(100))).pixels.shape == (16, 16, 3)
+    start = time.time()
+    for content in (scanned(101), scanned(3000, (2000, 2000)), scanned(3000) + b'\xff\xd8 and more'):
+        with pytest.raises(doodle.UserError, match='scans'):
+            doodle.read_picture(stored(content))
+    assert time.time() - start < 1
+
+
+def test_scans_are_those_of_the_first_picture_itself(tmp_path, monkeypatch):
+    """Not of a preview in its EXIF, of a profile that looks like them, or of what follows its end, as in films."""
+    monkeypatch.chdir(tmp_path)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8))
+    for progressive, count in ((False, 1), (True, 10)):
+        content = saved(noise, 'JPEG', progressive=progressive, icc_profile=b'\xff\xda\0\0' * 999, comment=scanned(99))
+        assert doodle.scan_count(stored(content + scanned(3000))) == count
+        doodle.decoded('a.png')
+    first, second = (Image.new('RGB', (16, 16), colour) for colour in ('red', 'blue'))
+    content = saved(first, 'MPO', save_all=True, append_images=[second])
+    assert Image.open(stored(content)).format == 'MPO' and doodle.scan_count('a.png') == 1
+    assert (doodle.read_picture('a.png').pixels[..., 0] > 250).all()
+
+
+def test_jpegs_of_many_scans_within_a_tiff_take_no_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, start = scanned(3000, (4000, 4000)), time.time()
+    frame = tiff(np.frombuffer(content, np.uint8)[None], bits=8, _256=4000, _257=4000, _278=4000, _259=7)
+    with pytest.raises(doodle.UserError):
+        doodle.read_picture(stored(frame))
+    assert time.time() - start < 3
+
+
+PEAK = '''
+import re, sys
+sys.path.insert(0, sys.argv[1])
+import doodle
+doodle.return_freed_memory()
+doodle.import_pillow()
+doodle.Image.init()
+def peak():
+    return 1024 * int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])
+before = peak()
+height, width, _ = doodle.read_picture(sys.argv[2]).pixels.shape
+print((peak() - before) / (height * width))
+'''
+
+
+@pytest.mark.parametrize('kind', ['PNG', 'deep PNG', 'float TIFF', 'RGBA TIFF', 'progressive CMYK', 'RGBA WEBP',
+                                  'RGBA AVIF', 'RGBA JPEG2000'])
+def test_a_pixel_takes_no_more_memory_than_is_reckoned(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)).resize((2400, 1800))
+    grey = np.asarray(colours.convert('L'))
+    cut_out = colours.copy()
+    cut_out.putalpha(Image.fromarray(grey))
+    content = {
+        'PNG': lambda: saved(colours, compress_level=1),
+        'deep PNG': lambda: saved(Image.fromarray(grey * np.uint16(257))),
+        'float TIFF': lambda: saved(Image.fromarray(grey / np.float32(255)), 'TIFF'),
+        'RGBA TIFF': lambda: saved(cut_out, 'TIFF', compression='tiff_adobe_deflate', icc_profile=icc.P3),
+        'progressive CMYK': lambda: saved(colours.convert('CMYK'), 'JPEG', progressive=True, icc_profile=icc.CMYK),
+        'RGBA WEBP': lambda: saved(cut_out, 'WEBP', method=0), 'RGBA AVIF': lambda: saved(cut_out, 'AVIF', speed=10),
+        'RGBA JPEG2000': lambda: saved(cut_out, 'JPEG2000')}[kind]()
+    taken = float(subprocess.check_output([sys.executable, '-c', PEAK, str(ROOT), stored(content)], text=True))
+    assert 3 < taken <= doodle.PIXEL_BYTES + (0 if 'JPEG2000' in kind else -6)
+
+
+def test_a_picture_is_decoded_by_no_other_program(refused, tmp_path, monkeypatch):
+    (tmp_path / 'gs').write_text('#!/bin/sh\ntouch touched\n')
+    (tmp_path / 'gs').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    (tmp_path / 'a.png').write_text('%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n')
+    assert "'a.png' cannot be read" in refused('--style=a.png')[0]
+    assert not (tmp_path / 'touched').exists()
+
+
+@pytest.mark.parametrize('format', ['DDS', 'ICO', 'ICNS', 'EPS', 'MSP', 'SPIDER', 'XBM'])
+def test_what_is_no_format_of_pictures_is_refused(tmp_path, monkeypatch, format):
+    monkeypatch.chdir(tmp_path)
+    image = Image.new({'MSP': '1', 'XBM': '1', 'SPIDER': 'F'}.get(format, 'RGB'), (32, 32))
+    with pytest.raises(doodle.UserError, match='cannot be read'):
+        doodle.read_picture(stored(saved(image, format)))
+
+
+@pytest.mark.parametrize('format', ['PNG', 'GIF', 'WEBP', 'AVIF', 'TIFF'])
+def test_of_what_moves_the_first_image_is_taken(tmp_path, monkeypatch, format):
+    monkeypatch.chdir(tmp_path)
+    red, blue = (Image.new('RGB', (16, 16), colour) for colour in ((255, 0, 0), (0, 0, 255)))
+    content = saved(red, format, save_all=True, append_images=[blue] * 3)
+    assert np.abs(doodle.read_picture(stored(content)).pixels - np.float32((255, 0, 0))).max() <= 2
+
+
+@pytest.mark.parametrize('chunk', [b'zTXt', b'iCCP'])
+def test_a_png_whose_texts_unfold_without_end_is_refused_in_plain_words(tmp_path, monkeypatch, chunk):
+    monkeypatch.chdir(tmp_path)
+    content, data = saved(Image.new('RGB', (9, 9))), b'name\0\0' + zlib.compress(bytes(50_000_000))
+    data = struct.pack('>I', len(data)) + chunk + data + struct.pack('>I', zlib.crc32(chunk + data))
+    with pytest.raises(doodle.UserError, match='a text or a profile in it is too long'):
+        doodle.read_picture(stored(content[:33] + data + content[33:]))
+
+
+def as_nobody(*arguments):
+    """What the program says on stderr, run by another user who is not root, where that can be."""
+    for module in ('PngImagePlugin', 'ImageFile'):
+        __import__(f'PIL.{module}')
+    child = os.fork()
+    if not child:
+        with open('err', 'w') as err, contextlib.redirect_stderr(err), contextlib.redirect_stdout(err):
+            if os.getuid() == 0:
+                os.setuid(65534)
+            code = doodle.main(['--save-every=0', *arguments])
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    return Path('err').read_text().split('ERROR: ')[1].split('\n')
+
+
+def test_who_may_read_a_picture_or_map_is_told_to_who_may_not(monkeypatch):
+    me = doodle.pwd.getpwuid(os.getuid()).pw_name
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.chdir(folder)
+        os.chmod(folder, 0o777)
+        for name in ('style.png', 'content.png', 'style_sem.png'):
+            shutil.copy(FOLDER / 'face_style.png', name)
+            os.chmod(name, 0o644)
+        os.mkdir('closed')
+        shutil.copy(FOLDER / 'face_style.png', 'closed/map of it.png')
+        os.symlink('closed/map of it.png', 'content_sem.png')
+        faces = '--style=style.png', '--content=content.png'
+
+        def assert_told(path, place, bits, letter, *arguments):
+            problem, fix, _ = as_nobody(*arguments)
+            place = os.path.realpath(place)
+            assert re.fullmatch(rf"'{path}' may not be read by user \w+: '{place}' is {bits} and of {me}\.", problem)
+            assert fix == f'  FIX: let all read it: chmod a+{letter} {place}.'
+
+        for path in ('style.png', 'content.png', 'style_sem.png'):
+            os.chmod(path, 0o200)
+            os.chmod('closed', 0o755)
+            assert_told(path, path, '--w-------', 'r', *faces)
+            os.chmod(path, 0o644)
+        os.chmod('closed', 0o600)
+        for path, *arguments in (('content_sem.png', *faces), ('content_sem.png', *faces, '--auto-maps=3'),
+                                 ('closed/none.png', '--style=closed/none.png'),
+                                 ('closed/none.png', *faces, '--seed=closed/none.png', '--semantic-weight=0'),
+                                 ('closed/none.npz', *faces, '--weights=closed/none.npz', '--semantic-weight=0')):
+            assert_told(path, 'closed', 'drw-------', 'x', *arguments)
+        os.chmod('closed', 0o700)
 
 
 @pytest.mark.parametrize('orientation, upright', [
