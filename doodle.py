@@ -800,8 +800,9 @@ def blended(points, corners):
     """Which colours (n, 3) lie between others (k, 3), within `NEAR`: in RGB, or in brightness and in chroma, which a
     JPEG blends apart."""
     (y, *c), (ends, *ends_c) = np.array(YCBCR) @ points.T, np.array(YCBCR) @ corners.T
+    chroma = hull_distance(np.transpose(c), np.transpose(ends_c))
     return (hull_distance(points, corners) <= NEAR) | (
-        (hull_distance(np.transpose(c), np.transpose(ends_c)) <= NEAR) & (abs(y - y.clip(ends.min(), ends.max())) <= NEAR))
+        (chroma <= NEAR) & (abs(y - y.clip(ends.min(), ends.max())) <= NEAR))
 
 
 def colour_distances(colours, classes):
