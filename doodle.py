@@ -550,7 +550,7 @@ def grey_bytes(image, path):
         remark = bold(f'WARNING: `{path}` {greys}, and {white} is white: it is nearly black. '
                       'FIX: raise its levels in a paint program.')
     values = np.multiply(values, 255 / white, dtype=np.float32)
-    if tiff_tag(image, 262, 1) == 0:                                    # white is
+    if tiff_tag(image, 262, 1) == 0:                                    # white is zero
         np.subtract(255, values, out=values)
     values += .5
     return Image.fromarray(np.uint8(np.clip(values, 0, 255, out=values))), remark
