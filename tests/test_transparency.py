@@ -1,120 +1,179 @@
-"""What lies wholly under alpha 0 in the style picture is never used, whatever the method."""
+"""A style picture that is transparent in parts: what lies wholly under alpha 0 is matched at no layer and no phase."""
+import re
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+import twin
+from golden_data import FOLDER
+from test_losses import channels_first
+from test_matching import assert_best
+from test_twin import thin_weights
 
-SIZE = 40                                                               # of both pictures, square
-
-
-@pytest.fixture(scope='module')
-def weights(doodle):
-    return doodle.read_weights(str(ROOT / 'vgg16.npz'))[0]
-
-
-def pictures():
-    """Content and style (3, H, W), an image between them, and an alpha that leaves the right of the style out."""
-    content, style, x = np.random.default_rng(0).uniform(0, 255, (3, 3, SIZE, SIZE))
-    alpha = np.full((SIZE, SIZE, 1), 255, np.uint8)
-    alpha[:, 20:] = 0
-    alpha[4, 30] = 1                                                    # hardly to be seen, but to be seen
-    return content, style, x, alpha
+LAYERS = {'2_1': 2, '3_1': 4}                                           # and their pixels of the picture, along a side
+SIZE = 56, 48                                                           # of the style picture: height, width
+ALPHA = np.full((*SIZE, 1), 0, np.uint8)
+ALPHA[:, :20] = 255
+ALPHA[30, 44] = 1                                                       # hardly to be seen, but not under alpha 0
+RNG = np.random.default_rng(3)
+STYLE, CONTENT, *IMAGES = RNG.uniform(0, 255, (3, *SIZE)), *RNG.uniform(0, 255, (3, 3, 40, 44))
 
 
-def evaluated(doodle, weights, alpha, style, *arguments, fast=True):
-    content, _, x, _ = pictures()
-    options = doodle.parse_options(['--style=a', '--content=b', '--style-layers=1_2,2_1', '--content-layers=2_1',
-                                    *arguments])
-    objective = doodle.Objective(weights, options, True, False, fast, alpha is not None)
-    objective.set_phase(content, style, None, None, (SIZE, SIZE), alpha)
-    return objective, objective(x)
+def seen(alpha, k):
+    """Whether each 3x3 patch at a layer, whose pixels are k x k of the picture, has anything to show: (N,)."""
+    h, w = (side // k - 2 for side in alpha.shape[:2])
+    return np.array([alpha[k * y:k * (y + 3), k * x:k * (x + 3)].any() for y in range(h) for x in range(w)])
 
 
-def seen(alpha, stride):
-    """Which 3x3 patches see anything, by looking at the pixels of each: 'valid' positions, row by row."""
-    side = SIZE // stride
-    return np.array([alpha[y * stride:(y + 3) * stride, x * stride:(x + 3) * stride].any()
-                     for y in range(side - 2) for x in range(side - 2)])
+@pytest.fixture
+def evaluated(doodle):
+    """An objective of thin layers after evaluations of random images, its style with ALPHA or another, and the last."""
+    weights = doodle.Weights('vgg19', {name[4:]: tuple(map(np.float32, pair)) for name, pair in thin_weights().items()},
+                             '', '')
+
+    def evaluated(*arguments, fast=True, alpha=ALPHA, shrink=1, transparent=True, times=1):
+        options = doodle.parse_options(['--style=-', '--style-layers=2_1,3_1', '--content-layers=2_2', *arguments])
+        objective = doodle.Objective(weights, options, True, False, fast, transparent)
+        objective.set_phase(CONTENT, STYLE[:, ::shrink, ::shrink], None, None, (44, 40),
+                            *([alpha] if transparent else []))
+        for image in IMAGES[:times]:
+            evaluation = objective(image)
+        return objective, evaluation, dict(zip(objective.layers, objective.features(np.float32(image))))
+    return evaluated
 
 
-@pytest.mark.parametrize('arguments', [[], ['--variety=0.5'], ['--cache=1'], ['--method=li-wand', '--rotations=0',
-                                                                              '--scales=0']])
 @pytest.mark.parametrize('fast', [True, False])
-def test_patches_under_alpha_0_are_not_matched_and_others_as_before(doodle, weights, arguments, fast):
-    _, style, _, alpha = pictures()
-    without, _ = evaluated(doodle, weights, None, style, *arguments, fast=fast)
-    objective, evaluation = evaluated(doodle, weights, alpha, style, *arguments, fast=fast)
-    assert np.isfinite(evaluation.gradient).all()
-    for layer, stride in (('1_2', 1), ('2_1', 2)):
-        allowed, before, after = seen(alpha, stride), *(
-            each.matches[layer].get_value() for each in (without, objective))
-        assert allowed[after].all() and not allowed[before].all()
-        if not arguments or arguments[0] != '--variety=0.5':            # whose history is of other patches
-            assert (after[allowed[before]] == before[allowed[before]]).all()
+@pytest.mark.parametrize('choices', [[], ['--variety=0.5'], ['--method=li-wand', '--rotations=0', '--scales=0']])
+def test_of_the_patches_that_show_something_the_best_is_matched(evaluated, fast, choices):
+    objective, _, f = evaluated(*choices, fast=fast)
+    for layer, k in LAYERS.items():
+        allowed, g = seen(ALPHA, k), channels_first(objective.style[layer].get_value())
+        assert 0 < allowed.sum() < len(allowed) / 1.5
+        assert ((objective.scale[layer].get_value() > 0) == allowed).all()
+        image = channels_first(f[layer])
+        S = twin.patch_scores(g, image) if 'li-wand' in str(choices) else twin.scores(
+            *(twin.semantic_features(features, None, 0) for features in (g, image)))        # (j, i)
+        S -= 0.5 * S.max(axis=1, keepdims=True) if '--variety=0.5' in choices else 0
+        assert_best(np.where(allowed[:, None], S, -np.inf), objective.matches[layer].get_value())
 
 
-@pytest.mark.parametrize('arguments', [['--rotations=1', '--scales=1'], ['--method=li-wand', '--rotations=1']])
-def test_copies_of_a_cut_out_leave_the_same_out(doodle, weights, arguments):
-    _, style, _, alpha = pictures()
-    count = {}
-    for name, mask in (('all', None), ('some', alpha)):
-        objective, _ = evaluated(doodle, weights, mask, style, *arguments)
-        count[name] = np.count_nonzero(objective.scale['1_2'].get_value())
-    assert 0.4 < count['some'] / count['all'] < 0.7
+@pytest.mark.parametrize('method', ['champandard', 'li-wand'])
+@pytest.mark.parametrize('fast', [True, False])
+def test_alpha_turns_and_scales_with_the_copies(doodle, evaluated, method, fast):
+    objective, _, _ = evaluated(f'--method={method}', '--rotations=1', '--scales=1', fast=fast)
+    copies = doodle.style_copies(np.moveaxis(ALPHA, 2, 0), 1, 1, Image.BILINEAR)
+    for layer, k in LAYERS.items():
+        width, allowed = max(copy.shape[2] // k for copy in copies) - 2, []
+        for copy in copies:
+            (h, w), rows = (side // k for side in copy.shape[1:]), np.zeros((copy.shape[1] // k, width), bool)
+            rows[:h - 2, :w - 2] = seen(np.moveaxis(copy, 0, 2), k).reshape(h - 2, w - 2)
+            allowed.append(rows)                                        # the last two are over a seam
+        allowed = np.concatenate(allowed)[:-2].ravel()
+        assert ((objective.scale[layer].get_value() > 0) == allowed).all()
+        assert allowed[objective.matches[layer].get_value()].all()
+        assert f'({allowed.sum()}, ' in objective.describe(layer)
 
 
-def test_the_gram_matrix_is_of_what_is_seen(doodle, weights):
-    """A cut in two has the matrix of its visible half: but for the features at the cut, which see both."""
-    _, style, _, alpha = pictures()
-    alpha[4, 30] = 0
-    arguments = '--method=gatys', '--style-layers=1_1'
-    objective, _ = evaluated(doodle, weights, alpha, style, *arguments)
-    whole, _ = evaluated(doodle, weights, None, style, *arguments)
-    g = dict(zip(whole.layers, whole.features(np.float32(style))))['1_1'][:, :20].reshape(-1, 64).astype(float)
-    np.testing.assert_allclose(objective.style['1_1'].get_value(), g.T @ g / len(g), rtol=1e-4)
+def test_alpha_goes_through_the_phases(evaluated):
+    objective, _, _ = evaluated(shrink=2)                               # each pixel is then 2x2 of ALPHA's
+    for layer, k in LAYERS.items():
+        assert ((objective.scale[layer].get_value() > 0) == seen(ALPHA, 2 * k)).all()
 
 
-def test_an_opaque_style_is_as_without_alpha_bit_for_bit(doodle, weights):
-    _, style, _, alpha = pictures()
-    (_, a), (_, b) = (evaluated(doodle, weights, mask, style) for mask in (None, np.full_like(alpha, 255)))
-    assert a.total == pytest.approx(b.total, rel=1e-6) and np.allclose(a.gradient, b.gradient, rtol=1e-4, atol=1e-3)
+def test_cached_matches_show_something_too(evaluated):
+    objective, _, _ = evaluated('--cache=1', '--variety=0.1', times=2)
+    assert all(seen(ALPHA, k)[objective.matches[layer].get_value()].all() for layer, k in LAYERS.items())
 
 
-def cut_out(path, opaque):
-    """A picture that is opaque in its first columns and rubbish elsewhere."""
-    pixels = np.random.default_rng(1).integers(0, 256, (48, 48, 4), dtype=np.uint8)
-    pixels[:, :, 3] = 255 * (np.arange(48) < opaque)
-    Image.fromarray(pixels).save(path)
+def test_a_gram_matrix_is_of_the_pixels_that_show_something(doodle, evaluated):
+    objective, _, _ = evaluated('--method=gatys')
+    whole, _, _ = evaluated('--method=gatys', alpha=np.full_like(ALPHA, 255))
+    plain, _, _ = evaluated('--method=gatys', transparent=False)
+    for layer, k in LAYERS.items():
+        A = plain.style[layer].get_value()
+        np.testing.assert_allclose(whole.style[layer].get_value(), A, rtol=1e-6)
+        g = dict(zip(objective.layers, objective.features(np.float32(STYLE))))[layer]
+        pixels = [g[y, x] for y, x in np.ndindex(g.shape[:2]) if ALPHA[k * y:k * (y + 1), k * x:k * (x + 1)].any()]
+        expected = np.einsum('na, nb -> ab', pixels, pixels) / len(pixels)
+        np.testing.assert_allclose(objective.style[layer].get_value(), expected, rtol=1e-4)
+        assert np.abs(expected - A).max() > 1e-2 * A.max()
 
 
-def test_what_is_read_follows_the_size_and_is_compared_on_resume(doodle, tmp_path, monkeypatch):
+@pytest.mark.parametrize('fast', [True, False])
+@pytest.mark.parametrize('choices', [['--variety=0.5'], ['--method=li-wand', '--rotations=1'], ['--method=gatys']])
+def test_where_nothing_is_transparent_all_is_as_without(evaluated, choices, fast):
+    (plain, without, _), (_, opaque, _) = (evaluated(
+        *choices, fast=fast, transparent=transparent, alpha=np.full_like(ALPHA, 1)) for transparent in (False, True))
+    assert without.total == opaque.total and (without.gradient == opaque.gradient).all()
+    assert 'li-wand' in str(choices) or not any(scale is not None for scale in plain.scale.values())
+
+
+# ---- from the file on ------------------------------------------------------------------------------------------------
+
+def cut_out(alpha):
+    """Write the style picture of the golden faces under `alpha` (H, W), one of its pixels white."""
+    picture = Image.open(FOLDER / 'face_style.png').convert('RGB')
+    picture.putpixel((40, 30), (255, 255, 255))
+    picture.putalpha(Image.fromarray(np.uint8(alpha)))
+    picture.save('cut.png')
+
+
+@pytest.fixture
+def inputs(doodle, tmp_path, monkeypatch):
+    """inputs('--max-size=9', ...) and remarks, of the golden content and a cut-out style."""
     monkeypatch.chdir(tmp_path)
-    cut_out('a.png', 24)
-    read = {}
-    for name, arguments in (('full', []), ('small', ['--max-size=24'])):
-        options = doodle.parse_options(['--style=a.png', '--phases=1', *arguments])
-        inputs, remarks = doodle.read_inputs(options)
-        read[name] = inputs.style_alpha
-        assert inputs.style_alpha.shape[:2] == inputs.style.shape[:2]
-        assert (inputs.style[:, inputs.style_alpha[0, :, 0] == 0] == 255).mean() > .8       # white, not rubbish
-        assert any('50% of `a.png` is transparent' in line for line in remarks)
-    assert (read['full'][:, :24] == 255).all() and not read['full'][:, 24:].any()
-    assert 0.4 < (read['small'] > 0).mean() < 0.6
-    weights = doodle.Weights('vgg16', {}, 'a', 'b')
-    assert doodle.explained(inputs, weights, options, 0)['inputs']['style_alpha']
+    shutil.copy(FOLDER / 'face_content.png', tmp_path)
+    return lambda *arguments: doodle.read_inputs(doodle.parse_options(
+        ['--style=cut.png', '--content=face_content.png', '--phases=2', '--semantic-weight=0', *arguments]))
 
 
-def test_a_style_that_is_all_transparent_is_refused(refused, tmp_path):
-    cut_out(tmp_path / 'a.png', 0)
-    problem, fix = refused('--style=a.png', '--phases=1')
-    assert "'a.png' is transparent" in problem and 'shows something' in fix
+def alpha_of():
+    """An alpha of the style picture with a hole in its middle, and one pixel in that."""
+    alpha = np.full((108, 124), 255)
+    alpha[30:70, 40:90] = 0
+    alpha[51, 61] = 255
+    return alpha
 
 
-def test_a_transparent_content_is_laid_on_white(doodle, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, opaque in (('a.png', 48), ('b.png', 24)):
-        cut_out(name, opaque)
-    inputs, remarks = doodle.read_inputs(doodle.parse_options(['--style=a.png', '--content=b.png', '--phases=1']))
-    assert inputs.style_alpha is None and (inputs.content[:, 24:] == 255).all()
-    assert (inputs.content[:, :24] != 255).any()
+def test_the_alpha_of_the_style_is_read_shrunk_and_told(doodle, inputs):
+    cut_out(alpha_of())
+    read, remarks = inputs()
+    assert (read.style_alpha[:, :, 0] == alpha_of()).all() and (read.style[30:50, 40:90] == 255).all()
+    assert f'{100 * 1999 / 108 / 124:.3g}% of `cut.png` is transparent: it is laid on white.' in remarks
+    small, _ = inputs('--max-size=62')
+    assert small.style.shape == (54, 62, 3)
+    assert (small.style_alpha[:, :, 0] == np.ceil(alpha_of().reshape(54, 2, 62, 2).mean(axis=(1, 3)))).all()
+
+
+@pytest.mark.parametrize('alpha', [255, 1])
+def test_a_style_that_is_nowhere_wholly_transparent_has_no_alpha(inputs, alpha):
+    cut_out(np.full((108, 124), alpha))
+    read, remarks = inputs()
+    assert read.style_alpha is None and any('transparent' in line for line in remarks) == (alpha < 255)
+
+
+@pytest.mark.parametrize('method', ['champandard', 'li-wand', 'gatys'])
+@pytest.mark.parametrize('where', [(slice(0), slice(0)), (slice(105, 108), slice(0, 124))])
+def test_a_style_without_a_patch_that_shows_something_is_refused(refused, method, where):
+    """Nothing at all, or but the last rows, which the network's pooling drops."""
+    alpha = np.zeros((108, 124))
+    alpha[where] = 255
+    cut_out(alpha)
+    shutil.copy(FOLDER / 'face_content.png', '.')
+    problem, fix = refused('--style=cut.png', '--content=face_content.png', '--phases=1', '--semantic-weight=0',
+                           '--style-layers=3_1,4_1', f'--method={method}')
+    assert re.fullmatch(r"All of 'cut\.png' is transparent, as conv[34]_1 sees it in phase 0\.", problem)
+
+
+def test_a_resumed_run_knows_the_alpha_of_its_style(doodle, inputs):
+    options = doodle.parse_options(['--style=cut.png'])
+    weights = doodle.Weights('vgg16', None, 'a file', 'checksum')
+    found = []
+    for k in (0, 0, 1):
+        alpha = alpha_of()
+        alpha[30, 40] = k                                               # white on white
+        cut_out(alpha)
+        found.append(doodle.explained(inputs()[0], weights, options, 7)['inputs'])
+    assert found[0] == found[1] and {name for name in found[0] if found[0][name] != found[2][name]} == {'style_alpha'}
