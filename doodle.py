@@ -409,12 +409,13 @@ def check_pixels(file, path):
     """Refuse a picture, opened but not yet decoded, that would not fit or is a bomb.
 
     A small file may claim any size, and flat pictures and maps are small files: 2**26 pixels are always read, 2**28
-    where there are at most 4096 to a byte of the file, and more where there are at most 64, as in photographs.
+    where there are at most 8192 to a byte of the file, all that deflate can, and more where there are at most 64, as in
+    photographs.
     """
     size, tile = os.path.getsize(path), [int(tiff_tag(file, tag, 0)) for tag in (322, 323)]
     pixels = max(math.prod(file.size), math.prod(tile))
     most, where = min((memory_limit() // PIXEL_BYTES, 'the free memory'),
-                      (max(1 << 26, min(size << 12, 1 << 28), size << 6), f'a file of {size:,} bytes'))
+                      (max(1 << 26, min(size << 13, 1 << 28), size << 6), f'a file of {size:,} bytes'))
     if pixels > most:
         raise UserError(f'{path!r} says that it has {pixels / 1e6:,.0f} million pixels, and {where} is good for '
                         f'{most / 1e6:,.0f} million.', SMALLER)
