@@ -423,12 +423,11 @@ def check_pixels(file, path):
 
 def scan_count(path):
     """How many scans the (first) JPEG at `path` has: each is decoded over all of its pixels."""
-    marker, count, place = re.compile(rb'\xff([^\0\xff\xd0-\xd7])'), 0, 0       # no stuffing, filling, or restart
+    marker, count, place = re.compile(rb'\xff([\xc0-\xcf\xd9-\xfe])'), 0, 0        # the others have no length
     with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         while (match := marker.search(content, place)) and match[1] != b'\xd9':             # end of the image
             count, place = count + (match[1] == b'\xda'), match.end()
-            if match[1] not in b'\xd8\x01':                             # which stand alone
-                place += int.from_bytes(content[place:place + 2], 'big')
+            place += int.from_bytes(content[place:place + 2], 'big')
     return count
 
 
