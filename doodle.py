@@ -350,7 +350,7 @@ Picture = namedtuple('Picture', 'pixels alpha remarks')
 # Pictures that Pillow decodes by itself, here: not those for which it starts a program (EPS), of which it knows the
 # name only (WMF), that hold files of any format (ICO, IPTC), or that take a microsecond a pixel (DDS, QOI).
 FORMATS = 'PNG', 'JPEG', 'TIFF', 'WEBP', 'AVIF', 'GIF', 'BMP', 'PPM', 'JPEG2000', 'PSD', 'SGI', 'PCX', 'TGA'
-PIXEL_BYTES = 26                                                      # at most to read a pixel: JPEG2000; others 17
+PIXEL_BYTES = 26                                                      # at most to read a pixel: JPEG2000; others 22
 SMALLER = 'make a smaller copy with a paint program'
 MOST_SCANS = 100                                                      # of a JPEG; programs make 10, and each takes time
 
