@@ -342,7 +342,7 @@ def swatch(colour):
 
 # The program's inputs, read and checked: pictures are (H, W, 3) uint8 RGB, maps (H, W, K) uint8, or None; so is
 # `style_alpha`, (h, w, 1), which is there only where some of the style picture is wholly transparent.
-Inputs = namedtuple('Inputs', 'content content_map style style_map seed size style_alpha', defaults=[None])
+Inputs = namedtuple('Inputs', 'content content_map style style_map seed size style_alpha')
 
 # A picture as it is seen: (H, W, 3) uint8 RGB, its alpha (H, W) uint8 or None, what there is to say of it, in lines.
 Picture = namedtuple('Picture', 'pixels alpha remarks')
@@ -643,7 +643,7 @@ def pixels(x, size):
 
 
 def limited(pixels, longest, method):
-    """`pixels` (H, W, 3), shrunk where their long side is more than `longest` (or None)."""
+    """`pixels` (H, W, K), shrunk where their long side is more than `longest` (or None)."""
     return resized(pixels, limited_size(pixels.shape[1::-1], longest), method)
 
 
@@ -783,9 +783,15 @@ def surroundings(labels, count):
     return around
 
 
+def pairwise_distances(points, others):
+    """How far each of the points (n, d) is from each of the others (k, d), (n, k)."""
+    from scipy.spatial.distance import cdist                            # not before there are maps to judge
+    return cdist(points, others)
+
+
 def hull_distance(points, corners):
     """How far each of the points (n, d) lies from the convex hull of the corners (k, d), by Frank and Wolfe's way."""
-    nearest = corners[((points[:, None] - corners) ** 2).sum(axis=2).argmin(axis=1)]
+    nearest = corners[pairwise_distances(points, corners).argmin(axis=1)]
     for _ in range(8 if len(corners) > 2 else 1):                       # a line takes one step
         towards = corners[((points - nearest) @ corners.T).argmax(axis=1)] - nearest
         t = ((points - nearest) * towards).sum(axis=1) / np.maximum((towards ** 2).sum(axis=1), 1e-9)
@@ -799,28 +805,56 @@ YCBCR = (0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081)     
 def blended(points, corners):
     """Which colours (n, 3) lie between others (k, 3), within `NEAR`: in RGB, or in brightness and in chroma, which a
     JPEG blends apart."""
-    (y, *c), (ends, *ends_c) = np.array(YCBCR) @ points.T, np.array(YCBCR) @ corners.T
-    chroma = hull_distance(np.transpose(c), np.transpose(ends_c))
-    return (hull_distance(points, corners) <= NEAR) | (
-        (chroma <= NEAR) & (abs(y - y.clip(ends.min(), ends.max())) <= NEAR))
-
-
-def colour_distances(colours, classes):
-    """How far the colours (N, 3) are from the classes (K, 3), (N, K)."""
-    return np.sqrt(np.maximum((colours ** 2).sum(axis=1)[:, None] + (classes ** 2).sum(axis=1) -
-                              2 * colours @ classes.T, 0))
+    inner, outer = (colours @ np.array(YCBCR).T for colours in (points, corners))           # (n, 3), (k, 3)
+    y, ends = inner[:, 0], outer[:, 0]
+    apart = (hull_distance(inner[:, 1:], outer[:, 1:]) <= NEAR) & (abs(y - y.clip(ends.min(), ends.max())) <= NEAR)
+    return apart | (hull_distance(points, corners) <= NEAR)
 
 
 def groups(colours, shares):
-    """Colours (N, 3) gathered around the largest, again and again: yields each centre's number and the ways to it."""
+    """Colours (N, 3) gathered around the largest, again and again.
+
+    Parameters
+    ----------
+    shares : (N, maps) array
+        Of each map, by colour.
+
+    Yields
+    ------
+    centre : int
+        Number of the largest colour that is left.
+    ways : (N,) array
+        How far all colours are from it.
+    group : (N,) bool array
+        What is left within `NEAR`.
+    """
     left, size = shares.any(axis=1), shares.sum(axis=1)
     for _ in range(256):
         if shares[left].sum(axis=0).max(initial=0) < LEAST:
             return
         centre = np.where(left, size, -1).argmax()
-        ways = colour_distances(colours, colours[[centre]])[:, 0]
+        ways = pairwise_distances(colours, colours[[centre]])[:, 0]
         yield centre, ways, left & (ways <= NEAR)
         left &= ways > NEAR
+
+
+def peaks(colours, flat, exact):
+    """Numbers of the colours (N, 3) that have flat areas of their own, 64 at most.
+
+    Most of what is near such a colour is very near, or exactly of it. A ramp has no peaks.
+
+    Parameters
+    ----------
+    flat, exact : (N, maps) arrays
+        Share of each map, by colour, that lies in areas of nearly and of exactly one colour.
+    """
+    found = []
+    for centre, ways, group in groups(colours, flat):
+        k = flat[group].sum(axis=0).argmax()
+        around, near = flat[ways <= NEAR, k].sum(), flat[ways <= NEAR / 3, k].sum()
+        if flat[group, k].sum() >= LEAST and (near > around / 2 or exact[centre, k] > near / 4):
+            found.append(centre)
+    return found[:64]
 
 
 def painted_classes(maps):
@@ -853,21 +887,14 @@ def painted_classes(maps):
         return np.stack([np.bincount(number[w], minlength=len(known)) / number.size
                          for number, w in zip(numbers, where)], axis=1)
 
-    # Peaks: most of what is near such a colour is very near, or exactly of it. A ramp has no peaks.
     flat, exact = shares(even), shares([even_pixels(pixels, 0) for pixels in maps])
     flat[flat.sum(axis=1) < shares([code >= 0 for code in codes]).sum(axis=1) / 4] = 0
-    classes = np.zeros((0, 3))
-    for centre, ways, group in groups(colours, flat):
-        k = flat[group].sum(axis=0).argmax()
-        around, near = flat[ways <= NEAR, k].sum(), flat[ways <= NEAR / 3, k].sum()
-        if flat[group, k].sum() >= LEAST and (near > around / 2 or exact[centre, k] > near / 4):
-            classes = np.append(classes, colours[[centre]], axis=0)[:64]
-
+    classes = colours[peaks(colours, flat, exact)]
     for _ in range(8):
         labels, ways = zip(*(sides(number, colours, classes, e) for number, e in zip(numbers, even)))
         rest = [label < 0 for label in labels]
         left, inside = shares(rest), shares([r & e for r, e in zip(rest, even)])
-        far = colour_distances(colours, classes).min(axis=1, initial=np.inf) > NEAR
+        far = pairwise_distances(colours, classes).min(axis=1, initial=np.inf) > NEAR
         found = {}
         for centre, _, group in groups(colours, left * far[:, None]):
             k = left[group].sum(axis=0).argmax()
@@ -881,7 +908,7 @@ def painted_classes(maps):
         # Of the ends of a ramp and its middle the ends come first: what is left between them then is a blend.
         chosen = list(found) if len(found) > 16 else [max(found, key=found.get)]
         classes = np.append(classes, colours[chosen], axis=0)[:64]
-    nearest = colour_distances(colours, classes).argmin(axis=1)
+    nearest = pairwise_distances(colours, classes).argmin(axis=1)
     return classes, [np.where(label < 0, nearest[number], label) for label, number in zip(labels, numbers)]
 
 
@@ -904,7 +931,7 @@ def sides(number, colours, classes, even):
     """
     if not len(classes):
         return np.full(number.shape, -1, np.int8), np.zeros(len(colours))
-    distances = colour_distances(colours, classes)                                          # (N, K)
+    distances = pairwise_distances(colours, classes)                                        # (N, K)
     own = np.where(distances.min(axis=1) <= NEAR / 3, distances.argmin(axis=1), -1).astype(np.int8)
     labels = np.where(even, own[number], np.int8(-1))
     ways, unknown = np.zeros(len(colours)), labels < 0
@@ -942,14 +969,14 @@ def map_classes(maps, index):
         RGB, ordered as numbers 0xRRGGBB.
     labels : list of (H, W) int arrays
     """
-    codes = [colour_codes(colours) for colours in maps]
     painted = [colours for colours, levels in zip(maps, index) if not levels]
     classes, labels = painted_classes(painted) if painted else (np.zeros((0, 3)), [])
     classes, labels = colour_codes(classes.astype(np.int32)), iter(labels)
-    known = np.unique(np.concatenate([classes, *(code.ravel() for code, levels in zip(codes, index) if levels)]))
+    codes = [colour_codes(colours) if levels else None for colours, levels in zip(maps, index)]
+    known = np.unique(np.concatenate([classes, *(np.unique(code) for code in codes if code is not None)]))
     number = np.searchsorted(known, classes)
-    return code_colours(known), [np.searchsorted(known, code) if levels else number[next(labels)]
-                                 for code, levels in zip(codes, index)]
+    return code_colours(known), [number[next(labels)] if code is None else np.searchsorted(known, code)
+                                 for code in codes]
 
 
 def map_channels(maps, classes, labels):
@@ -976,7 +1003,7 @@ def map_channels(maps, classes, labels):
     alike = (cosines(classes, classes) > 0.99)[~np.eye(len(classes), dtype=bool)].any()
     for k in np.flatnonzero(np.linalg.norm(classes, axis=1) <= NEAR):   # black, or so dark that slips turn it
         for colours, label in zip(maps, labels):
-            own = np.unique(colours[label == k], axis=0).astype(np.float64)
+            own = code_colours(np.unique(colour_codes(colours[label == k])))
             own = own[np.linalg.norm(own - classes[k], axis=1) <= NEAR]
             alike |= (cosines(own, classes[[k]]) <= 0.99).any()
     if not alike:
@@ -1077,9 +1104,10 @@ def check_map_size(path, image, picture_path, size):
         return abs(h * width - w * height) <= max(w, h, width, height, 0.03 * w * height, 0.03 * h * width)
 
     if fits(w, h):
-        return turned != 1 and (turned < 5 or fits(h, w)) and (
-            f'{picture_path!r} is turned by EXIF, its map {path!r} is not: look whether they lie alike. '
-            'FIX: paint on a copy that was saved upright') or None
+        if turned == 1 or turned >= 5 and not fits(h, w):
+            return None
+        return (f'{picture_path!r} is turned by EXIF, its map {path!r} is not: look whether they lie alike. '
+                'FIX: paint on a copy that was saved upright')
     problem = f'{path!r} is {w}x{h} but its picture {picture_path!r} is {width}x{height}'
     if turned >= 5 and fits(h, w):
         raise UserError(f'{problem}, turned by EXIF, which its map is not.', 'turn the map as the picture is turned')
@@ -1108,8 +1136,7 @@ def classify_maps(paths, pictures, longest=None):
     -------
     Classified
     """
-    images, warned = [decoded(path) for path in paths], []
-    sizes = []
+    images, sizes, warned = [decoded(path) for path in paths], [], []
     for path, image, picture in zip(paths, images, pictures):
         sizes.append(limited_size(image.size, longest) if picture is None else picture[1].shape[1::-1])
         if picture is not None:
