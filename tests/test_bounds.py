@@ -211,9 +211,9 @@ def test_libraries_say_nothing_to_the_user(content):
 # ---- permissions -----------------------------------------------------------------------------------------------------
 
 AS_NOBODY = '''if True:
-    import os, sys, doodle
+    import os, sys, doodle, scipy.spatial
     doodle.import_pillow()
-    doodle.Image.init()                                                 # while it can be read
+    doodle.Image.init()                                                 # while these can be read
     if not os.getuid():
         os.setgroups([]), os.setgid(65534), os.setuid(65534)
     sys.exit(doodle.main(sys.argv[1:]))'''
