@@ -2981,7 +2981,7 @@ class Minimiser:
         self.task, self.line_task, self.logicals, self.integers = (np.zeros(count, 'i4') for count in (2, 2, 4, 44))
         self.doubles = np.zeros(29)
 
-    def run(self, evaluate, evaluations, say=say):
+    def run(self, evaluate, evaluations, say=print):
         """Go on for exactly so many evaluations.
 
         Parameters
