@@ -17,9 +17,8 @@
 # ///
 """Neural Doodle: paint one picture with the patches of another, eyes from eyes and skin from skin.
 
-The file reads the way the data flows:
-options -> images and maps -> weights -> devices -> network -> automatic maps -> matching -> losses ->
-engine -> objective -> optimisation -> files -> run.
+First the method: options, images and maps, network, matching, losses, objective, optimisation, run.
+Then the machinery: weights, devices, engine, files, and the engine's C++.
 
 Names kept to everywhere:
 
