@@ -45,6 +45,7 @@ import bisect
 import bz2
 import contextlib
 import ctypes
+import dataclasses
 import fcntl
 import fnmatch
 import hashlib
@@ -77,6 +78,8 @@ import warnings
 import zlib
 from collections import namedtuple
 
+__version__ = '1.0.0'
+
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
@@ -87,12 +90,12 @@ class UserError(Exception):
     """What the person at the keyboard can mend: ``UserError(problem, fix)``, each one line of plain words."""
 
 
-def natural(text):
+def parse_natural(text):
     """A whole number from 1 on."""
-    return whole(text, least=1)
+    return parse_whole(text, least=1)
 
 
-def whole(text, least=0):
+def parse_whole(text, least=0):
     """A whole number from `least` on."""
     if not re.fullmatch('[0-9]{1,9}', text) or int(text) < least:
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from {least} on')
@@ -108,7 +111,7 @@ def one_of(*choices):
     return chosen
 
 
-def number(text):
+def parse_number(text):
     """What a decimal number says, or NaN: float() by itself also reads 1_0, infinity and the digits of all scripts."""
     return float(text) if re.fullmatch(r'[-+]?([0-9]+\.?|[0-9]*\.[0-9]+)([eE][-+]?[0-9]+)?', text) else math.nan
 
@@ -116,14 +119,14 @@ def number(text):
 def up_to(most):
     """The option type of a weight: 0, or from 1e-6, below which float32 sees no step of the optimiser, to `most`."""
     def chosen(text):
-        value = number(text)
+        value = parse_number(text)
         if value and not 1e-6 <= value <= float(most):
             raise argparse.ArgumentTypeError(f'{text!r} is neither 0 nor a number from 1e-6 to {most}')
         return value
     return chosen
 
 
-def path(text):
+def parse_path(text):
     """A path, with its ~ expanded, which a shell leaves as it is after an =."""
     if not text:
         raise argparse.ArgumentTypeError(f'{text!r} is no path')
@@ -138,16 +141,16 @@ def path(text):
     return expanded
 
 
-def seed(text):
+def parse_seed(text):
     """``noise``, ``content``, or the path of a picture."""
     if (text not in ('', 'noise', 'content') and not os.path.exists(text) and
-            not (re.search('[./~]', text) and math.isnan(number(text)))):
+            not (re.search('[./~]', text) and math.isnan(parse_number(text)))):
         raise UserError(f'--seed {text!r} is neither noise, content, nor the path of a picture.',
                         'give one of these; a number, which repeats a run, goes to --random-seed')
-    return path(text)
+    return parse_path(text)
 
 
-def layers(text):
+def parse_layers(text):
     """Names of VGG layers, ``'3_1,4_1'`` -> ``['3_1', '4_1']``."""
     names = text.split(',')
     for name in names:
@@ -156,18 +159,18 @@ def layers(text):
     return sorted(set(names), key=names.index)
 
 
-def size(text):
+def parse_size(text):
     """``'WIDTHxHEIGHT'`` -> (width, height)."""
-    match = re.fullmatch('([1-9][0-9]{0,5})x([1-9][0-9]{0,5})', text)
-    if not match:
+    found = re.fullmatch('([1-9][0-9]{0,5})x([1-9][0-9]{0,5})', text)
+    if not found:
         raise argparse.ArgumentTypeError(f'{text!r} is not a size like 640x480')
-    return tuple(map(int, match.groups()))
+    return tuple(map(int, found.groups()))
 
 
-def colours(text):
+def parse_range(text):
     """``'16:240'`` -> (16.0, 240.0), within 0..255."""
     try:
-        low, high = map(number, text.split(':'))
+        low, high = map(parse_number, text.split(':'))
     except ValueError:
         low, high = math.nan, math.nan
     if not 0 <= low <= high <= 255:
@@ -175,76 +178,80 @@ def colours(text):
     return low, high
 
 
-def device(text):
+def parse_device(text):
     """``cpu``, ``gpuN``, or Theano's own ``cudaN`` and ``openclN:M``; ``gpuN`` means Theano's ``cudaN``."""
     if not re.fullmatch('cpu|(gpu|cuda)[0-9]*|opencl[0-9]+:[0-9]+', text):
         raise argparse.ArgumentTypeError(f'{text!r} is no device: cpu, gpu0, gpu1, .., cuda0, .., opencl0:0')
     return re.sub(r'^gpu', 'cuda', text)
 
 
-# What a method takes in place of Champandard's defaults, which stand in OPTIONS; None: it has no such option. The
-# papers weigh sums over a picture; we weigh means, which suit every size. Gatys' content term, 1/2 sum (f - g)^2, is
-# H W C / 2 times ours: content to style as 10 to 0.1 is 1e-4 at 512x512 pixels, and 100 to 0.1 is 1e-3, the range of
-# [GEB16]. Li and Wand's copies are those of [LW16]; the weights are for means, found by trial. The code they released
-# differs: no copies, content at 4_1, and 20 as its weight, 1e-4 the style's, 1e-3 the smoothness'.
+# By method the class of its style terms, and what it takes in place of Champandard's defaults, which stand in OPTIONS;
+# None: it has no such option. The papers weigh sums over a picture; we weigh means, which suit every size. Gatys'
+# content term, 1/2 sum (f - g)^2, is H W C / 2 times ours: content to style as 10 to 0.1 is 1e-4 at 512x512 pixels, and
+# 100 to 0.1 is 1e-3, the range of [GEB16]. Li and Wand's copies are those of [LW16]; the weights are for means, found
+# by trial. The code they released differs: no copies, content at 4_1, and 20 as its weight, 1e-4 the style's, 1e-3 the
+# smoothness'.
 METHODS = {
-    'champandard': dict(),
-    'li-wand': dict(content_weight='10.0', style_weight='10.0', smoothness='10.0', rotations='2', scales='3',
-                    semantic_weight=None),
-    'gatys': dict(content_weight='10.0', style_weight='0.1', style_layers='1_1,2_1,3_1,4_1,5_1', smoothness='0.0',
-                  semantic_weight=None, rotations=None, scales=None, variety=None, cache=None),
+    'champandard': ('PatchTerm', dict()),
+    'li-wand': ('WholePatchTerm', dict(content_weight='10.0', style_weight='10.0', smoothness='10.0', rotations='2',
+                                       scales='3', semantic_weight=None)),
+    'gatys': ('GramTerm', dict(content_weight='10.0', style_weight='0.1', style_layers='1_1,2_1,3_1,4_1,5_1',
+                               smoothness='0.0', semantic_weight=None, rotations=None, scales=None, variety=None,
+                               cache=None)),
 }
 
-method, network, switch = one_of(*METHODS), one_of('vgg19', 'vgg16'), one_of(0, 1)
-parts, steps = one_of(0, *range(2, 17)), one_of(*range(13))           # 12 steps are 90 degrees, or a factor of 0.4
-weight, bias = up_to('1e20'), up_to('1e6')                            # so losses are finite, and features told apart
+parse_method, parse_network, parse_switch = one_of(*METHODS), one_of('vgg19', 'vgg16'), one_of(0, 1)
+parse_parts, parse_steps = one_of(0, *range(2, 17)), one_of(*range(13))     # 12 steps: 90 degrees, or a factor of 0.4
+parse_weight, parse_bias = up_to('1e20'), up_to('1e6')                # so losses are finite, and features told apart
 
-OPTIONS = {
-    'pictures': (
-        # option            type     default       value     meaning
-        ('--style',           path,    None,         'PATH',   'style picture, whose patches are used (needed)'),
-        ('--content',         path,    None,         'PATH',   'content picture, which is painted anew'),
-        ('--output',          path,    'output.png', 'PATH',   'the result; without --content, its map is the doodle'),
-        ('--output-size',     size,    None,         'WxH',    'width and height for texture synthesis'),
-        ('--max-size',        natural, None,         'N',      'shrink pictures with a longer side, maps with them'),
-        ('--semantic-ext',    str,     '_sem.png',   'EXT',    'the map of dir/name.jpg is dir/name + this'),
-        ('--auto-maps',       parts,   '0',          'N',      'paint the maps that are missing, with N parts'),
-        ('--seed',            seed,    'noise',      'SEED',   'start from noise, content, or the picture at a path'),
-        ('--seed-range',      colours, '16:240',     'LO:HI',  'range of the colours of noise'),
-        ('--random-seed',     whole,   None,         'N',      'repeats a run; drawn and printed when not given'),
-    ),
-    'losses': (
-        ('--method',          method,  'champandard', 'NAME',  'champandard, or without maps li-wand or gatys'),
-        ('--content-weight',  weight,  '10.0',       'X',      'weight of the content loss'),
-        ('--content-layers',  layers,  '4_2',        'LAYERS', 'layers of the content loss'),
-        ('--style-weight',    weight,  '25.0',       'X',      'weight of the style loss'),
-        ('--style-layers',    layers,  '3_1,4_1',    'LAYERS', 'layers of the style loss'),
-        ('--smoothness',      weight,  '1.0',        'X',      'weight of the smoothness prior'),
-    ),
-    'matching': (
-        ('--semantic-weight', bias,    '10.0',       'X',      'weight of the maps against the features; 0: no maps'),
-        ('--variety',         bias,    '0.0',        'X',      'bias toward style patches that are used little'),
-        ('--rotations',       steps,   '0',          'N',      'style copies, turned by 7.5 degrees N times each way'),
-        ('--scales',          steps,   '0',          'N',      'style copies, rescaled by 0.05 N times each way'),
-        ('--slices',          natural, None,         'N',      'batches of matching on a GPU; else its memory decides'),
-        ('--cache',           switch,  '0',          '0|1',    '1: find the matches once a phase only'),
-    ),
-    'optimisation': (
-        ('--phases',          natural, '3',          'N',      'number of scales, each twice the one before'),
-        ('--iterations',      natural, '100',        'N',      'evaluations of the loss in each phase'),
-    ),
-    'machine and files': (
-        ('--device',          device,  'cpu',        'DEVICE', 'cpu, gpu0, gpu1, ..; also cuda0, opencl0:0'),
-        ('--network',         network, None,         'NAME',   'vgg19 or vgg16; by default the best that can be had'),
-        ('--weights',         path,    None,         'PATH',   'the network: vgg19_conv.pkl.bz2, a Keras .h5, or .npz'),
-        ('--print-every',     whole,   '10',         'N',      'print a line every N evaluations; 0: never'),
-        ('--save-every',      whole,   '10',         'N',      'write a frame every N evaluations; 0: never'),
-        ('--frames',          path,    'frames',     'DIR',    'folder of the frames'),
-        ('--log',             path,    None,         'PATH',   'write every evaluation as a line of JSON'),
-        ('--check',           bool,    False,        None,     'tell what would be done, and what is odd in the maps'),
-        ('--resume',          bool,    False,        None,     'go on from the checkpoint of a run that did not end'),
-    ),
-}
+# How --help calls a value.
+VALUES = {parse_path: 'PATH', str: 'EXT', parse_size: 'WxH', parse_natural: 'N', parse_whole: 'N', parse_parts: 'N',
+          parse_seed: 'SEED', parse_range: 'LO:HI', parse_method: 'NAME', parse_weight: 'X', parse_layers: 'LAYERS',
+          parse_bias: 'X', parse_steps: 'N', parse_switch: '0|1', parse_device: 'DEVICE', parse_network: 'NAME'}
+
+SAME, FREE = 'same', 'free'                                           # with --resume: as in the run before, or not
+
+OPTIONS = {'pictures': (
+    # option              resume type           default        meaning
+    ('--style',           FREE, parse_path,    None,          'style picture, whose patches are used (needed)'),
+    ('--content',         FREE, parse_path,    None,          'content picture, which is painted anew'),
+    ('--output',          FREE, parse_path,    'output.png',  'the result; without --content, its map is the doodle'),
+    ('--output-size',     SAME, parse_size,    None,          'width and height for texture synthesis'),
+    ('--max-size',        SAME, parse_natural, None,          'shrink pictures with a longer side, maps with them'),
+    ('--semantic-ext',    FREE, str,           '_sem.png',    'the map of dir/name.jpg is dir/name + this'),
+    ('--auto-maps',       FREE, parse_parts,   '0',           'paint the maps that are missing, with N parts'),
+    ('--seed',            SAME, parse_seed,    'noise',       'start from noise, content, or the picture at a path'),
+    ('--seed-range',      SAME, parse_range,   '16:240',      'range of the colours of noise'),
+    ('--random-seed',     FREE, parse_whole,   None,          'repeats a run; drawn and printed when not given'),
+), 'losses': (
+    ('--method',          SAME, parse_method,  'champandard', 'champandard, or without maps li-wand or gatys'),
+    ('--content-weight',  SAME, parse_weight,  '10.0',        'weight of the content loss'),
+    ('--content-layers',  SAME, parse_layers,  '4_2',         'layers of the content loss'),
+    ('--style-weight',    SAME, parse_weight,  '25.0',        'weight of the style loss'),
+    ('--style-layers',    SAME, parse_layers,  '3_1,4_1',     'layers of the style loss'),
+    ('--smoothness',      SAME, parse_weight,  '1.0',         'weight of the smoothness prior'),
+), 'matching': (
+    ('--semantic-weight', SAME, parse_bias,    '10.0',        'weight of the maps against the features; 0: no maps'),
+    ('--variety',         SAME, parse_bias,    '0.0',         'bias toward style patches that are used little'),
+    ('--rotations',       SAME, parse_steps,   '0',           'style copies, turned by 7.5 degrees N times each way'),
+    ('--scales',          SAME, parse_steps,   '0',           'style copies, rescaled by 0.05 N times each way'),
+    ('--slices',          FREE, parse_natural, None,          'batches of matching on a GPU; else its memory decides'),
+    ('--cache',           SAME, parse_switch,  '0',           '1: find the matches once a phase only'),
+), 'optimisation': (
+    ('--phases',          SAME, parse_natural, '3',           'number of scales, each twice the one before'),
+    ('--iterations',      SAME, parse_natural, '100',         'evaluations of the loss in each phase'),
+), 'machine and files': (
+    ('--device',          FREE, parse_device,  'cpu',         'cpu, gpu0, gpu1, ..; also cuda0, opencl0:0'),
+    ('--network',         FREE, parse_network, None,          'vgg19 or vgg16; without it VGG19, else the bundled one'),
+    ('--weights',         FREE, parse_path,    None,          'the network: vgg19_conv.pkl.bz2, a Keras .h5, or .npz'),
+    ('--print-every',     FREE, parse_whole,   '10',          'print a line every N evaluations; 0: never'),
+    ('--save-every',      FREE, parse_whole,   '10',          'write a frame every N evaluations; 0: never'),
+    ('--frames',          FREE, parse_path,    'frames',      'folder of the frames'),
+    ('--log',             FREE, parse_path,    None,          'write every evaluation as a line of JSON'),
+    ('--check',           FREE, bool,          False,         'tell what would be done, and likely painting mistakes'),
+    ('--resume',          FREE, bool,          False,         'go on from the checkpoint of a run that did not end'),
+    ('--version',         FREE, 'version',     None,          "tell the program's version"),
+)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -291,13 +298,15 @@ def parse_options(arguments):
                     epilog=f'A first run: {SAMPLE}')
     for title, rows in OPTIONS.items():
         group = parser.add_argument_group(title)
-        for flag, kind, default, value, meaning in rows:
-            others = ''.join(f'; {name}: {own[attribute(flag)]}' for name, own in METHODS.items()
+        for flag, _, kind, default, meaning in rows:
+            others = ''.join(f'; {name}: {own[attribute(flag)]}' for name, (_, own) in METHODS.items()
                              if own.get(attribute(flag)))
-            how = dict(action='store_true') if kind is bool else dict(type=kind, default=default, metavar=value)
+            how = dict(type=kind, default=default, metavar=VALUES.get(kind))
+            how = {bool: dict(action='store_true'), 'version': dict(action='version', version=f'%(prog)s {__version__}')
+                   }.get(kind, how)
             how |= dict(action=Once) if flag in ('--style', '--content') else {}
             group.add_argument(flag, **how, help=meaning + others + (f' (default: {default})' if default else ''))
-    own = METHODS[parser.parse_args(arguments).method]
+    _, own = METHODS[parser.parse_args(arguments).method]
     parser.set_defaults(**{name: default or 0 for name, default in own.items()})
     options = parser.parse_args(arguments)
     for name, default in own.items():
@@ -341,7 +350,7 @@ def read_inputs(options):
     remarks, seed_path = [], None if options.seed in ('noise', 'content') else options.seed
     maps = map_paths(options)                                           # before the output finds another place
     previews = map(preview_path, maps) if options.auto_maps else ()
-    check_written(options, [options.content, options.style, seed_path, *maps, *previews, options.weights])
+    check_written(options, place_output(options), [options.content, options.style, seed_path, *maps, *previews, options.weights])
     for flag, path in (('--frames', options.frames if options.save_every else None), ('--log', options.log)):
         if path and mounts() is not None and not mount_of(path):
             remarks.append(bold(f'WARNING: {flag} {path!r} is on no mounted folder, and is lost with the container. '
@@ -820,8 +829,180 @@ def balance(kind):
     return dict(zip(layer_names(kind), BALANCE[kind]))
 
 
-# All that is known of an image: loss terms as weighted, content and style by layer, gradient (3, H, W).
+# What is known of an image: loss terms as weighted, content and style by layer, gradient (3, H, W).
 Evaluation = namedtuple('Evaluation', 'total content style smooth gradient seconds matching_seconds')
+
+
+def shared(dimensions, kind='float32'):
+    """An empty array in a variable that compiled functions share."""
+    return theano.shared(np.zeros((0,) * dimensions, kind))
+
+
+class PatchTerm:
+    """The style loss of a layer by patches, which features and maps match, each of length one at every pixel [C16].
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        Rotations, scales, variety.
+    numbers : dict of str to shared variable
+        ``'semantic_weight'`` and ``'variety'``.
+    semantic : bool
+        Whether there are maps.
+    transparent : bool
+        Whether some of the style picture is.
+    slices : int
+        Batches of matching, without the engine.
+    fast : bool
+        With the engine's matching.
+    """
+
+    degree = 2                                                          # of the loss in the features
+    power = 1.25                                                        # of the smoothness that belongs to the method
+    patched = True
+
+    def __init__(self, options, numbers, semantic, transparent, slices, fast):
+        self.numbers, self.slices, self.match_patches = numbers, slices, fast_match if fast else match
+        self.features, self.keys = shared(3), shared(3)                 # g, (h, w, C); v, (h, w, C + K)
+        self.maps = shared(3) if semantic else None                     # m, (H, W, K)
+        partial = options.rotations or options.scales or transparent
+        self.scale = shared(1) if partial else None                     # b(j)
+        self.history = shared(1) if options.variety else None           # h(j)
+        self.matches = shared(1, 'int64')                               # j of each i
+
+    @staticmethod
+    def preparation(numbers, semantic):
+        """The compiled function from the style's features and maps to keys."""
+        g, n = T.tensor3('g'), T.tensor3('n') if semantic else None
+        return theano.function([g, n] if semantic else [g], matching_key(g, n, numbers['semantic_weight']))
+
+    def key(self, f):
+        """u of the image's features f (H, W, C)."""
+        return matching_key(f, self.maps, self.numbers['semantic_weight'])
+
+    def image_scale(self, u):
+        """a(i), of length ((H - 2) (W - 2))."""
+        return T.ones_like(patch_scale(u))
+
+    def match(self, f):
+        """Symbolic matches of the image's features f (H, W, C), and updates of what the next evaluation needs."""
+        u = theano.gradient.disconnected_grad(self.key(f))
+        scale = self.scale and (self.image_scale(u), self.scale)
+        matches, history = self.match_patches(u, self.keys, self.slices, self.numbers['variety'], self.history, scale)
+        return matches, [(self.matches, matches)] + ([(self.history, history)] if self.history else [])
+
+    def loss(self, f, matches):
+        """Symbolic loss of the image's features f (H, W, C)."""
+        return style_loss(f, self.features, matches)
+
+    def set(self, prepare, g, whole, seen, m, n):
+        """Take the style of a phase.
+
+        Parameters
+        ----------
+        prepare : callable
+            As `preparation` gives it.
+        g : (h, w, C) array
+            Features of the style picture and its copies, as `sheet` lays them out.
+        whole : ((h - 2) (w - 2),) array
+            1 for what is a patch of one picture, else 0.
+        seen : (h, w) bool array or None
+            What is not transparent.
+        m, n : (H, W, K) and (h, w, K) arrays or None
+            Maps of the image and of the style.
+        """
+        if seen is not None:
+            whole = whole * np.lib.stride_tricks.sliding_window_view(seen, (3, 3)).any(axis=(2, 3)).ravel()
+        self.features.set_value(g)
+        if self.maps:
+            self.maps.set_value(m)
+        self.set_keys(prepare, g, whole, n)
+        if self.history:
+            self.history.set_value(np.zeros_like(whole))
+
+    def set_keys(self, prepare, g, whole, n):
+        """v and b(j) from features and maps of the style."""
+        self.keys.set_value(prepare(g) if n is None else prepare(g, n))
+        if self.scale:
+            self.scale.set_value(whole)
+
+    def remembered(self):
+        """The variables that are kept from one evaluation to the next, by name."""
+        return {'matches': self.matches} | ({'history': self.history} if self.history else {})
+
+    def describe(self):
+        """How many patches there are, of how many channels, and their memory."""
+        v, arrays = self.keys.get_value(borrow=True), {id(array): array for array in (self.features, self.keys)}
+        count = (v.shape[0] - 2) * (v.shape[1] - 2)
+        if self.scale:
+            count = np.count_nonzero(self.scale.get_value(borrow=True))
+        size = sum(array.get_value(borrow=True).nbytes for array in arrays.values())
+        return f'{(count, v.shape[2], 3, 3)} patches in {size // 1000:,}kb'
+
+
+class WholePatchTerm(PatchTerm):
+    """The style loss of a layer by patches that are normalised as a whole, matched by features alone [LW16]."""
+
+    power = 1
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.keys, self.scale = self.features, shared(1)
+
+    @staticmethod
+    def preparation(numbers, semantic):
+        """The compiled function from the style's features to b(j)."""
+        g = T.tensor3('g')
+        return theano.function([g], patch_scale(g))
+
+    def key(self, f):
+        return f
+
+    def image_scale(self, u):
+        return patch_scale(u)
+
+    def set_keys(self, prepare, g, whole, n):
+        self.scale.set_value(whole * prepare(g))
+
+
+class GramTerm:
+    """The style loss of a layer by its Gram matrix [GEB16]: the mean over the layers, as the paper weighs them.
+
+    Its parameters and methods are those of `PatchTerm`; it has no matches.
+    """
+
+    degree, power, patched, matches = 4, 1.25, False, None
+
+    def __init__(self, options, numbers, semantic, transparent, slices, fast):
+        self.gram, self.layers = shared(2), len(options.style_layers)   # A, (C, C)
+
+    @staticmethod
+    def preparation(numbers, semantic):
+        """The compiled function from the style's features to A."""
+        g = T.tensor3('g')
+        return theano.function([g], gram(g))
+
+    def match(self, f):
+        return None, []
+
+    def loss(self, f, matches):
+        return gram_loss(f, self.gram) / np.float32(self.layers)
+
+    def set(self, prepare, g, whole, seen, m, n):
+        self.gram.set_value(prepare(g if seen is None else g[seen][None]))
+
+    def remembered(self):
+        return {}
+
+    def describe(self):
+        """The size of the matrix, and its memory."""
+        A = self.gram.get_value(borrow=True)
+        return f'{A.shape} Gram matrix in {A.nbytes // 1000:,}kb'
+
+
+def style_term(options):
+    """The class of the style terms of ``options.method``."""
+    return globals()[METHODS[options.method][0]]
 
 
 class Objective:
@@ -831,67 +1012,50 @@ class Objective:
     ----------
     weights : Weights
     options : argparse.Namespace
-        Layers, weights of the losses and of the maps, variety, cache, slices.
+        Method, layers, weights of the losses and of the maps, variety, cache.
     content, semantic : bool
         Whether there is a content picture, and whether there are maps.
     fast : bool
         With the engine, which is for the CPU; without it by the formulas as they stand.
     transparent : bool
         Whether some of the style picture is.
+    slices : int
+        Batches of matching, without the engine.
     """
 
-    def __init__(self, weights, options, content, semantic, fast=False, transparent=False):
-        def array(dimensions, kind='float32'):
-            return theano.shared(np.zeros((0,) * dimensions, dtype=kind))
-        self.options, self.fast, self.balance = options, fast, balance(weights.kind)
-        self.content_layers = options.content_layers if content and options.content_weight else []
-        self.style_layers = options.style_layers if options.style_weight else []
-        self.layers = list(dict.fromkeys(self.content_layers + self.style_layers)) or ['1_1']
+    def __init__(self, weights, options, content, semantic, fast=False, transparent=False, slices=1):
+        self.options, self.fast, self.semantic, self.term = options, fast, semantic, style_term(options)
+        self.balance = balance(weights.kind)
+        content_layers = options.content_layers if content and options.content_weight else []
+        style_layers = options.style_layers if options.style_weight else []
+        self.layers = list(dict.fromkeys(content_layers + style_layers)) or ['1_1']
 
         # Numbers are variables too, so that the same compiled code serves all their values.
         self.numbers = {name: theano.shared(np.float32(0)) for name in ('smoothness', 'semantic_weight', 'variety')}
-        self.weights = {(term, layer): theano.shared(np.float32(0)) for term, layers in
-                        (('content', self.content_layers), ('style', self.style_layers)) for layer in layers}
-        self.gatys, self.li_wand = options.method == 'gatys', options.method == 'li-wand'
-        patched = [] if self.gatys else self.style_layers
-        scaled = self.li_wand or options.rotations or options.scales or transparent
-        self.target = {layer: array(3) for layer in self.content_layers}                    # f of content, (H, W, C)
-        self.style = {layer: array(2 if self.gatys else 3) for layer in self.style_layers}  # g, (h, w, C); A, (C, C)
-        self.keys = self.style if self.li_wand else {layer: array(3) for layer in patched}    # v, (h, w, C + K)
-        self.maps = {layer: array(3) if semantic else None for layer in patched}            # m, (H, W, K)
-        self.scale = {layer: array(1) if scaled else None for layer in patched}             # b(j)
-        self.history = {layer: array(1) if options.variety else None for layer in patched}  # h(j)
-        self.matches = {layer: array(1, 'int64') for layer in patched}                      # j of each i
+        self.weights = {(kind, layer): theano.shared(np.float32(0)) for kind, layers in
+                        (('content', content_layers), ('style', style_layers)) for layer in layers}
+        self.target = {layer: shared(3) for layer in content_layers}                        # f of content, (H, W, C)
+        self.style = {layer: self.term(options, self.numbers, semantic, transparent, slices, fast)
+                      for layer in style_layers}
+        self.prepare = self.term.preparation(self.numbers, semantic)
 
-        x, g, n = T.tensor3('x'), T.tensor3('g'), T.tensor3('n') if semantic else None
-        w = self.numbers['semantic_weight']
+        x = T.tensor3('x')
         f = features(build_network(weights, self.layers, fast), x, self.layers)
         self.features = theano.function([x], list(f.values()))
-        if self.gatys:
-            self.gram = theano.function([g], gram(g))
-        elif self.li_wand:
-            self.style_scale = theano.function([g], patch_scale(g))
-        else:
-            self.style_key = theano.function([g, n] if semantic else [g], matching_key(g, n, w))
-        matches, updates = {}, []
-        for layer in patched:
-            u = f[layer] if self.li_wand else matching_key(f[layer], self.maps[layer], w)
-            u = theano.gradient.disconnected_grad(u)
-            scale = scaled and (patch_scale(u) if self.li_wand else T.ones_like(patch_scale(u)), self.scale[layer])
-            matches[layer], history = (fast_match if fast else match)(
-                u, self.keys[layer], options.slices or 1, self.numbers['variety'], self.history[layer], scale)
-            updates += [(self.matches[layer], matches[layer])]
-            updates += [(self.history[layer], history)] if options.variety else []
-        self.matching = self.compiled(x, f, matches, updates)
-        self.cached = self.compiled(x, f, self.matches, []) if options.cache else self.matching
+        found = {layer: term.match(f[layer]) for layer, term in self.style.items()}
+        self.matching = self.compiled(x, f, {layer: matches for layer, (matches, _) in found.items()},
+                                      [update for _, updates in found.values() for update in updates])
+        self.cached = self.matching
+        if options.cache:
+            self.cached = self.compiled(x, f, {layer: term.matches for layer, term in self.style.items()}, [])
 
     def compiled(self, x, f, matches, updates):
         """The function x -> loss terms and the gradient of their sum, the matches held fixed."""
-        weight = self.weights
-        terms = [self.numbers['smoothness'] * smoothness_loss(x, 1 if self.li_wand else 1.25)]
-        terms += [weight['style', layer] * (gram_loss(f[layer], g) / np.float32(len(self.style)) if self.gatys else
-                                            style_loss(f[layer], g, matches[layer])) for layer, g in self.style.items()]
-        terms += [weight['content', layer] * content_loss(f[layer], target) for layer, target in self.target.items()]
+        terms = [self.numbers['smoothness'] * smoothness_loss(x, self.term.power)]
+        terms += [self.weights['style', layer] * term.loss(f[layer], matches[layer])
+                  for layer, term in self.style.items()]
+        terms += [self.weights['content', layer] * content_loss(f[layer], target)
+                  for layer, target in self.target.items()]
         profile = theano.compile.ProfileStats(atexit_print=False, flag_time_thunks=True) if self.fast else False
         mode = theano.Mode(theano.gof.vm.VM_Linker(use_cloop=True, schedule=depth_first))
         return theano.function([x], terms + [theano.grad(sum(terms), x)], updates=updates, profile=profile, mode=mode)
@@ -911,53 +1075,33 @@ class Objective:
         """
         for name, variable in self.numbers.items():
             variable.set_value(np.float32(getattr(self.options, name)))
-        for (term, layer), variable in self.weights.items():
-            degree = 4 if self.gatys and term == 'style' else 2         # in the features
-            variable.set_value(np.float32(getattr(self.options, f'{term}_weight') * self.balance[layer] ** degree))
+        for (kind, layer), variable in self.weights.items():
+            degree = self.term.degree if kind == 'style' else 2
+            variable.set_value(np.float32(getattr(self.options, f'{kind}_weight') * self.balance[layer] ** degree))
         if self.target:
             f = dict(zip(self.layers, self.features(np.float32(content))))
             for layer, target in self.target.items():
                 target.set_value(f[layer])
+        self.set_style(style, content_map, style_map, size, style_alpha)
+        self.fresh = True
+
+    def set_style(self, style, content_map, style_map, size, alpha):
+        """The part of `set_phase` that the style terms take."""
         steps = self.options.rotations, self.options.scales
         pictures = style_copies(style, *steps, Image.BICUBIC)
         maps, alphas = [[] if channels is None else style_copies(np.moveaxis(channels, 2, 0), *steps, Image.BILINEAR)
-                        for channels in (style_map, style_alpha)]
+                        for channels in (style_map if self.semantic else None, alpha)]
 
-        def pooled(copies, layer):
+        def pooled(copies, layer):                                      # (h, w, K), or None where there are none
             return sheet([pooled_map(np.moveaxis(copy, 0, 2), picture.shape[:0:-1], layer)
-                          for copy, picture in zip(copies, pictures)])[0]
+                          for copy, picture in zip(copies, pictures)])[0] if copies else None
         copies = [{name: g for name, g in zip(self.layers, self.features(picture)) if name in self.style}
                   for picture in pictures]
-        for layer in self.style_layers:
+        for layer, term in self.style.items():
             g, whole = sheet([copy.pop(layer) for copy in copies])
-            seen = pooled(alphas, layer)[:, :, 0] > 0 if alphas else None                   # (h, w)
-            if self.gatys:
-                self.style[layer].set_value(self.gram(g[seen][None] if alphas else g))
-                continue                                                # it has neither keys nor maps
-            self.style[layer].set_value(g)
-            if alphas:
-                whole *= np.lib.stride_tricks.sliding_window_view(seen, (3, 3)).any(axis=(2, 3)).ravel()
-            n = []
-            if self.maps[layer] is not None:
-                n = [pooled(maps, layer)]
-                self.maps[layer].set_value(pooled_map(content_map, size, layer))
-            if not self.li_wand:
-                self.keys[layer].set_value(self.style_key(g, *n))
-            if self.scale[layer] is not None:
-                self.scale[layer].set_value(whole * self.style_scale(g) if self.li_wand else whole)
-            if self.history[layer] is not None:
-                self.history[layer].set_value(np.zeros_like(whole))
-        self.fresh = True
-
-    def describe(self, layer):
-        """What there is of the style at a layer: a Gram matrix, or so many patches of so many channels."""
-        g = self.style[layer].get_value(borrow=True)
-        if self.gatys:
-            return f'{g.shape} Gram matrix in {g.nbytes // 1000:,}kb'
-        v, scale = self.keys[layer].get_value(borrow=True), self.scale[layer]
-        count = (v.shape[0] - 2) * (v.shape[1] - 2) if scale is None else np.count_nonzero(scale.get_value(borrow=True))
-        size = g.nbytes + (0 if self.li_wand else v.nbytes)             # where the keys are the features themselves
-        return f'{(count, v.shape[2], 3, 3)} patches in {size // 1000:,}kb'
+            seen = pooled(alphas, layer)
+            m = pooled_map(content_map, size, layer) if self.semantic else None
+            term.set(self.prepare, g, whole, None if seen is None else seen[:, :, 0] > 0, m, pooled(maps, layer))
 
     def __call__(self, x):
         """The `Evaluation` of the image `x` (3, H, W).
@@ -971,9 +1115,9 @@ class Objective:
         if self.fresh and self.options.variety and not self.options.cache:
             self.matching(x)                                            # to know which patches are used much
         *terms, gradient = (self.matching if self.fresh else self.cached)(x)
-        self.fresh = not np.isfinite(terms).all() or not np.isfinite(gradient).all()         # then none of it is kept
-        if self.fresh:
+        if not np.isfinite(terms).all() or not np.isfinite(gradient).all():
             raise FloatingPointError('the loss or its gradient is not finite')
+        self.fresh = False
         smooth, *losses = terms = list(map(float, terms))
         content, style = dict(zip(self.target, losses[len(self.style):])), dict(zip(self.style, losses))
         return Evaluation(sum(terms), content, style, smooth, np.float64(gradient), time.perf_counter() - start,
@@ -984,14 +1128,30 @@ class Objective:
         return self.fast and sum(seconds for node, seconds in self.matching.profile.apply_time.items()
                                  if isinstance(node.op, Matching))
 
+    def remembered(self):
+        """The variables that are kept from one evaluation to the next, by name."""
+        return {f'{name} {layer}': variable for layer, term in self.style.items()
+                for name, variable in term.remembered().items()}
+
+    def state(self):
+        """All that it knows of earlier evaluations, as arrays by name."""
+        return {name: variable.get_value() for name, variable in self.remembered().items()} | {
+            'fresh': np.array(self.fresh)}                              # whether the next matches are the phase's first
+
+    def restore(self, state):
+        """Go back to a `state` of this phase."""
+        for name, variable in self.remembered().items():
+            variable.set_value(state[name])
+        self.fresh = bool(state['fresh'])
+
 
 # ---- optimisation ----------------------------------------------------------------------------------------------------
 
 class Minimiser:
-    """L-BFGS-B over the pixels within 0..255 [BLNZ95]; its attributes are all that it knows.
+    """L-BFGS-B over the pixels within 0..255 [BLNZ95]: `ask` for an image, `tell` its loss, again and again.
 
-    The routine is the one under `scipy.optimize.fmin_l_bfgs_b`, which keeps them to itself: with them a run goes on
-    from a checkpoint as if it had never ended.
+    The routine is the one under `scipy.optimize.fmin_l_bfgs_b`, which keeps its variables to itself. Here they are
+    attributes, so that a run goes on from a checkpoint as if it had never ended.
 
     Parameters
     ----------
@@ -999,10 +1159,11 @@ class Minimiser:
         Where to start; later the last image that a line search accepted.
     """
 
-    CORRECTIONS = 5
+    CORRECTIONS = 5                                                     # pairs of steps and gradients that it remembers
+    NEW_X, EVALUATE = 1, 3                                              # what the routine says with `task`
 
     def __init__(self, image):
-        self.image, self.limit, self.failed = np.float64(image), math.inf, False
+        self.image, self.limit, self.recovered = np.float64(image), math.inf, False
         self.start()
 
     def start(self):
@@ -1013,50 +1174,56 @@ class Minimiser:
         self.task, self.line_task, self.logicals, self.integers = (np.zeros(count, 'i4') for count in (2, 2, 4, 44))
         self.doubles = np.zeros(29)
 
-    def run(self, evaluate, evaluations, say=print):
-        """Go on for exactly so many evaluations.
+    def advance(self):
+        """Run the routine until it wants a loss; where a line search finds nothing, it begins anew at the image."""
+        n = self.x.size
+        bounds = np.zeros(n), np.full(n, 255.), np.full(n, 2, 'i4')     # 2: a pixel has both
+        while True:
+            # Without tolerances (0., 0.) it never ends by itself; a line search has 20 evaluations at most, as in SciPy.
+            lbfgsb.setulb(self.CORRECTIONS, self.x, *bounds, self.loss, self.gradient, 0., 0., self.work, self.indices,
+                          self.task, self.logicals, self.integers, self.doubles, 20, self.line_task)
+            if self.task[0] == self.EVALUATE:
+                return
+            if self.task[0] == self.NEW_X:
+                self.image = self.x.reshape(self.image.shape).copy()
+            else:
+                self.start()
 
-        Parameters
-        ----------
-        evaluate : callable
-            x -> (loss, gradient), arrays of the shape of the image.
-        evaluations : int
-            One whose loss is no number does not count.
-        say : callable
-            Is given the line that tells of a new start.
+    def ask(self):
+        """The image (3, H, W) whose loss is wanted; `tell` changes it."""
+        if not self.task[0]:                                            # at a start
+            self.advance()
+        return self.x.reshape(self.image.shape)
+
+    def tell(self, loss, gradient):
+        """Take in the loss of that image and its gradient (3, H, W).
 
         Raises
         ------
         FloatingPointError
-            The loss was no number, or a million times the least, and so again after a new start from the last accepted
-            image.
+            The loss is a million times the least so far, or no number.
         """
-        n, shape, (NEW_X, EVALUATE) = self.x.size, self.image.shape, (1, 3)
-        bounds = np.zeros(n), np.full(n, 255.), np.full(n, 2, 'i4')     # 2: a pixel has both
-        while True:
-            if self.task[0] == EVALUATE and not evaluations:
-                return
-            if self.task[0] == EVALUATE:
-                try:
-                    loss, gradient = evaluate(self.x.reshape(shape))
-                    evaluations -= 1
-                    if not loss <= self.limit:
-                        raise FloatingPointError('the loss blew up')
-                    self.loss, self.gradient = loss, gradient.ravel()
-                    self.limit = min(self.limit, 1e6 * max(1, loss))
-                except FloatingPointError as error:
-                    if self.failed:
-                        raise
-                    self.failed = True
-                    self.start()
-                    say(bold(f'WARNING: {one_line(error)}: going on from the last good image.'))
-            elif self.task[0] == NEW_X:
-                self.image = self.x.reshape(shape).copy()
-            elif self.task[0]:                                          # a line search found nothing
-                self.start()
-            # Without tolerances (0., 0.) it never ends by itself; a line search has 20 evaluations at most, like SciPy.
-            lbfgsb.setulb(self.CORRECTIONS, self.x, *bounds, self.loss, self.gradient, 0., 0., self.work, self.indices,
-                          self.task, self.logicals, self.integers, self.doubles, 20, self.line_task)
+        if not loss <= self.limit:
+            raise FloatingPointError('the loss blew up')
+        self.limit = min(self.limit, 1e6 * max(1, loss))
+        self.loss, self.gradient = loss, gradient.ravel()
+        self.advance()
+
+    def recover(self, error):
+        """Begin anew at the image after a `FloatingPointError`, once; then raise it."""
+        if self.recovered:
+            raise error
+        self.recovered = True
+        self.start()
+
+    def state(self):
+        """All that it knows, as arrays by name; not copied."""
+        return {name: np.asarray(value) for name, value in vars(self).items()}
+
+    def restore(self, state):
+        """Go back to a `state`."""
+        for name in vars(self):
+            setattr(self, name, state[name] if np.ndim(state[name]) else state[name].item())
 
 
 def first_image(inputs, options, size, random_seed):
@@ -1073,7 +1240,31 @@ def enlarged(x, size):
     return np.clip(np.moveaxis(resized(np.moveaxis(np.float32(x), 0, 2), size, Image.BICUBIC), 2, 0), 0, 255)
 
 
-def paint(objective, inputs, options, random_seed, journal):
+@dataclasses.dataclass
+class Checkpoint:
+    """What a run knows between two evaluations, and all that `--resume` needs."""
+
+    header: dict                                                        # its `provenance`
+    phase: int = 0
+    evaluation: int = 0                                                 # how many were made in this phase,
+    number: int = 0                                                     # and in all
+    error: float = 255.                                                 # largest slope of a pixel, a running mean
+    frames: str = None                                                  # the folder that it claimed
+    minimiser: Minimiser = None
+    memory: dict = None                                                 # `Objective.state`
+
+    def begin(self, phase, image, objective):
+        """A phase begins with an image."""
+        self.phase, self.evaluation, self.error = phase, 0, 255.
+        self.minimiser, self.memory = Minimiser(image), objective.state()
+
+    def count(self, evaluation):
+        """An evaluation was made."""
+        self.evaluation, self.number = self.evaluation + 1, self.number + 1
+        self.error = 0.9 * self.error + 0.1 * min(float(np.abs(evaluation.gradient).max()), 255)
+
+
+def paint(objective, inputs, options, at, journal, signals):
     """Minimise the loss phase by phase, from a small scale to the full one.
 
     Parameters
@@ -1081,23 +1272,57 @@ def paint(objective, inputs, options, random_seed, journal):
     objective : Objective
     inputs : Inputs
     options : argparse.Namespace
-    random_seed : int
+    at : Checkpoint
+        Where to begin, and then always the last moment from which the run can go on.
     journal : Journal
-        Is told of every phase and evaluation; knows where a checkpoint goes on.
+        Is told of every phase and evaluation.
+    signals : Signals
+        Heard while something is computed.
     """
-    for phase in range(journal.phase, options.phases):
+    for phase in range(at.phase, options.phases):
         size = phase_size(inputs.size, phase, options.phases)
         style = resized(inputs.style, phase_size(inputs.style.shape[1::-1], phase, options.phases), Image.LANCZOS)
-        objective.set_phase(
-            None if inputs.content is None else planes(resized(inputs.content, size, Image.LANCZOS)),
-            planes(style), inputs.content_map, inputs.style_map, size, inputs.style_alpha)
-        if not journal.state:                                           # else the checkpoint had it
-            journal.minimiser = Minimiser(first_image(inputs, options, size, random_seed) if journal.minimiser is None
-                                          else enlarged(journal.minimiser.image, size))
-        journal.begin(phase, size, objective)
-        journal.minimiser.run(journal.evaluate, options.iterations - journal.evaluation, journal.say)
-        journal.settle()
-        journal.save(last=phase == options.phases - 1)
+        with signals.heard():
+            objective.set_phase(
+                None if inputs.content is None else planes(resized(inputs.content, size, Image.LANCZOS)),
+                planes(style), inputs.content_map, inputs.style_map, size, inputs.style_alpha)
+        if at.minimiser and at.phase == phase:                          # a resumed run
+            objective.restore(at.memory)
+        elif at.minimiser:
+            at.begin(phase, enlarged(at.minimiser.image, size), objective)
+        else:
+            at.begin(phase, first_image(inputs, options, size, at.header['random_seed']), objective)
+        journal.begin(at, size, objective)
+        while at.evaluation < options.iterations:
+            journal.keep(at)
+            try:
+                evaluate(objective, at, journal, signals)
+            except FloatingPointError as error:
+                at.minimiser.recover(error)
+                journal.warn(f'{one_line(error)}: going on from the last good image')
+        journal.save(at, last=phase == options.phases - 1)
+
+
+def evaluate(objective, at, journal, signals):
+    """One evaluation; a signal or failure while it is computed leaves everything as it was.
+
+    Raises
+    ------
+    FloatingPointError
+        The loss is no number, or blew up.
+    """
+    x = at.minimiser.ask()
+    try:
+        with signals.heard():
+            evaluation = objective(x)
+    except BaseException as error:                                      # the matches may be new already
+        objective.restore(at.memory)
+        objective.fresh |= isinstance(error, FloatingPointError)        # the next image is another: matches anew
+        raise
+    at.count(evaluation)
+    journal.record(at, x, evaluation)
+    at.memory = objective.state()
+    at.minimiser.tell(evaluation.total, evaluation.gradient)
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------
@@ -1128,15 +1353,15 @@ def run(arguments):
     if set(BALANCE[weights.kind]) != {1}:
         notes.append(f"Losses of {weights.kind} are scaled, layer by layer, to the size of vgg19's, as measured with "
                      "Oxford's weights.")
-    random_seed, checkpoint = options.random_seed, None
-    if os.path.exists(options.checkpoint):
+    random_seed, at, places = options.random_seed, None, place_output(options)
+    if os.path.exists(places.checkpoint):
         if options.resume:
-            checkpoint = read_checkpoint(options.checkpoint, explained(inputs, weights, options, random_seed))
-            random_seed = checkpoint[0]['header']['random_seed']
+            at = read_checkpoint(places.checkpoint, provenance(inputs, weights, options, random_seed))
+            random_seed = at.header['random_seed']
         else:
-            notes.append(f'`{options.checkpoint}` of a run that did not end will be replaced; --resume would go on.')
+            notes.append(f'`{places.checkpoint}` of a run that did not end will be replaced; --resume would go on.')
     elif options.resume:
-        notes.append(f'There is no `{options.checkpoint}` to resume from: starting anew.')
+        notes.append(f'There is no `{places.checkpoint}` to resume from: starting anew.')
     random_seed = secrets.randbelow(10 ** 9) if random_seed is None else random_seed
     used, trouble = import_theano(options.device)
     if trouble:
@@ -1158,39 +1383,37 @@ def run(arguments):
     say('  - Compiling, which takes a minute the first time..')
     objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, used == 'cpu',
                           inputs.style_alpha is not None)
-    header = dict(explained(inputs, weights, options, random_seed), device=used)
-    journal = Journal(options, inputs.size, header, checkpoint)
-    del weights, checkpoint                                             # network and journal have their own
+    header = dict(provenance(inputs, weights, options, random_seed), device=used)
+    at = dataclasses.replace(at, header=header) if at else Checkpoint(header)
+    journal = Journal(options, places, inputs.size, at)
+    del weights                                                         # the network has its own
     start = time.time()
     try:
-        handle_signals(journal.interrupt)
-        with contextlib.ExitStack() as end:
-            end.callback(handle_signals, signal.SIG_IGN)                # what follows only saves
-            end.callback(journal.bar.close)
-            if journal.number:
-                journal.say(f'  - Going on from `{options.checkpoint}`, after {journal.number} evaluations.')
-            paint(objective, inputs, options, random_seed, journal)
+        with contextlib.closing(journal.bar), Signals() as signals:
+            if at.number:
+                journal.say(f'  - Going on from `{places.checkpoint}`, after {at.number} evaluations.')
+            paint(objective, inputs, options, at, journal, signals)
     except KeyboardInterrupt as interruption:
-        saved = 'there is nothing to save' if not journal.number else 'the image so far could be written nowhere'
-        if journal.save():
-            saved = f'the image so far is in {kept(options)}; --resume goes on from there'
-        journal.write_checkpoint()
-        say(f'\n{bold("Interrupted")} after {journal.number} evaluations on device `{used}`: {saved}.')
+        saved = 'there is nothing to save' if not at.number else 'the image so far could be written nowhere'
+        if journal.save(at):
+            saved = f'the image so far is in {kept(journal.places)}; --resume goes on from there'
+        journal.keep_now(at)
+        say(f'\n{bold("Interrupted")} after {at.number} evaluations on device `{used}`: {saved}.')
         return 128 + interruption.args[0]
     except FloatingPointError:
-        saved = f'the last good image is in {kept(options)}' if journal.save() else 'nothing was saved'
-        raise UserError(f'The loss is no longer a number after {journal.number} evaluations; {saved}.',
+        saved = f'the last good image is in {kept(journal.places)}' if journal.save(at) else 'nothing was saved'
+        raise UserError(f'The loss is no longer a number after {at.number} evaluations; {saved}.',
                         'try smaller weights, or another --random-seed') from None
     except Exception:                                                   # there may be no more memory, for one
-        if journal.save():
-            say(f'\nAfter {journal.number} evaluations the image so far is in {kept(options)}.')
+        if journal.save(at):
+            say(f'\nAfter {at.number} evaluations the image so far is in {kept(journal.places)}.')
         raise
     if journal.saved is None:
         raise UserError('The result could not be written anywhere.', 'make room, and --resume')
     with contextlib.suppress(OSError):
-        os.unlink(options.checkpoint)
-    say(f'\n{bold("Optimization finished")} in {time.time() - start:.1f}s, average pixel error {journal.error:.1f}, '
-        f'on device `{used}`: {kept(options)}.')
+        os.unlink(places.checkpoint)
+    say(f'\n{bold("Optimization finished")} in {time.time() - start:.1f}s, average pixel error {at.error:.1f}, '
+        f'on device `{used}`: {kept(journal.places)}.')
     return 0
 
 
@@ -2865,37 +3088,40 @@ def mounted():
     return ', '.join(f'{point} from {source} ({entries(point)})' for point, source in mounts().items()) or 'nothing'
 
 
-def place_output(options):
-    """Where the output would be lost with the container, choose a copy on a mounted folder: ``options.copy``, or None.
+# Where a run writes its result, a copy that outlives the container or None, and its checkpoint.
+Places = namedtuple('Places', 'output copy checkpoint')
 
-    Where it could not even be written (a read-only container), the copy becomes the output. The checkpoint lies beside
-    what is kept.
+
+def place_output(options):
+    """The `Places` of a run.
+
+    Where the output would be lost with the container there is a copy on a mounted folder. Where it could not even be
+    written (a read-only container), the copy takes its place. The checkpoint lies beside what is kept.
     """
-    options.copy = None
-    if mounts() is not None and not mount_of(options.output):
+    output, copy = options.output, None
+    if mounts() is not None and not mount_of(output):
         folders = [folder for folder in (mount_of(options.frames), *mounts())
                    if folder and os.access(folder, os.W_OK)]
         if folders:
-            options.copy = os.path.join(folders[0], os.path.basename(options.output))
-            if not os.access(os.path.dirname(options.output) or '.', os.W_OK):
-                options.output, options.copy = options.copy, None
-    options.checkpoint = (options.copy or options.output) + '.checkpoint'
+            copy = os.path.join(folders[0], os.path.basename(output))
+            if not os.access(os.path.dirname(output) or '.', os.W_OK):
+                output, copy = copy, None
+    return Places(output, copy, (copy or output) + '.checkpoint')
 
 
-def kept(options):
-    """The output's path, and in our container whether it outlives it."""
-    path = options.copy or options.output
+def kept(places):
+    """The result's path in words, and in our container whether it outlives it."""
+    path = places.copy or places.output
     if mounts() is None:
         return f'`{path}`'
     mount = mount_of(path)
     return f'`{path}`, ' + (f'on the mounted folder {mount}' if mount else 'which no mounted folder keeps')
 
 
-def check_written(options, read):
+def check_written(options, places, read):
     """Refuse what would overwrite an input or could not be written at the end; make the missing folders."""
     folders = {'--frames': options.frames} if options.save_every else {}
-    place_output(options)
-    outputs = list(filter(None, (options.output, options.copy, options.checkpoint)))
+    outputs = list(filter(None, places))
     for flag, path in [('--output', path) for path in outputs] + [('--log', options.log)] * bool(options.log):
         if any(same_file(path, other) for other in read if other):
             raise UserError(f'{flag} {path!r} is one of the inputs and would overwrite it.', f'choose another {flag}')
@@ -2906,7 +3132,7 @@ def check_written(options, read):
         folders[flag] = os.path.dirname(path) or '.'
     if options.log and any(same_file(options.log, path) for path in outputs):
         raise UserError('--log is the same file as the output or its checkpoint.', 'choose another --log')
-    image_format(options.output)
+    image_format(places.output)
     for flag, folder in folders.items():
         if os.path.isdir(folder) or not options.check:                  # which leaves nothing behind
             check_folder(folder, flag, f'choose another {flag}')
@@ -2987,118 +3213,121 @@ def claim_frames(folder):
                 return place
 
 
-# Options that change nothing in the picture, or whose files are compared instead.
-FREE = {'style', 'content', 'output', 'copy', 'semantic_ext', 'random_seed', 'slices', 'device', 'network', 'weights',
-        'auto_maps', 'print_every', 'save_every', 'frames', 'log', 'resume', 'checkpoint', 'check'}
-
-
-def explained(inputs, weights, options, random_seed):
-    """What explains a run, as JSON: the log's first line, and what `--resume` compares."""
+def provenance(inputs, weights, options, random_seed):
+    """Provenance of a run, as JSON: the log's first line, and what `--resume` compares."""
     checksums = {name: None if array is None else hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
                  for name, array in inputs._asdict().items() if name != 'size'}
     return json.loads(json.dumps(dict(
-        device=options.device, network=weights.kind, weights=dict(path=weights.path, sha256=weights.sha256),
-        random_seed=random_seed, options=vars(options), inputs=checksums,
-        shapes=dict(output=inputs.size[::-1], style=inputs.style.shape[:2],
-                    map_channels=0 if inputs.style_map is None else inputs.style_map.shape[2]))))
+        version=__version__, device=options.device, network=weights.kind,
+        weights=dict(path=weights.path, sha256=weights.sha256), random_seed=random_seed, options=vars(options),
+        inputs=checksums, shapes=dict(output=inputs.size[::-1], style=inputs.style.shape[:2],
+                                      map_channels=0 if inputs.style_map is None else inputs.style_map.shape[2]))))
 
 
-# What a checkpoint has of a `Journal`.
-STATE = 'header', 'number', 'phase', 'evaluation', 'error', 'frames'
+FORMAT = 1                                                            # of checkpoints
+
+
+def write_checkpoint(path, at):
+    """Write a `Checkpoint`: its numbers as a string of JSON, then its arrays."""
+    arrays = at.minimiser.state() | at.memory
+    numbers = {field.name: getattr(at, field.name) for field in dataclasses.fields(at)
+               if field.name not in ('minimiser', 'memory')}
+    state = dict(format=FORMAT, version=__version__, arrays=list(arrays)) | numbers
+    with written_whole(path) as file:
+        for array in (json.dumps(state), *arrays.values()):             # no .npz: zipfile has words of its own for a
+            np.save(file, array)                                        # full disk
 
 
 def read_checkpoint(path, header):
-    """What the run of this `header` left at `path`: state, minimiser, arrays by name; UserError if another run did."""
+    """The `Checkpoint` at `path`, which the run of this `header` may go on from.
+
+    Raises
+    ------
+    UserError
+        It is broken, of another format, or of another run.
+    """
+    restart = 'leave --resume out, to start anew'
     try:
         with open(path, 'rb') as file:
             state = json.loads(str(np.load(file)))
-            state = {name: state[name] for name in (*STATE, 'fresh', 'arrays')}
-            arrays = {name: np.load(file) for name in state['arrays']}
+            version, number = state.pop('version', 'before 1.0.0'), state.pop('format', 0)
+            if number != FORMAT:
+                raise UserError(f'{path!r} is a checkpoint of format {number} by doodle.py {version}, and this is '
+                                f'{__version__}, whose format is {FORMAT}.', f'resume with that version, or {restart}')
+            arrays = {name: np.load(file) for name in state.pop('arrays')}
+        differences = differing(state['header'], header)
         minimiser = Minimiser(arrays['image'])
-        vars(minimiser).update((name, arrays.pop(name)) for name in tuple(vars(minimiser)))
-        then, now = state['header'], header
-        inputs, noisy = now['inputs'], now['options']['seed'] == 'noise'
-        same = (then['inputs'], then['shapes']) == (inputs, now['shapes'])
-        idle = {'max_size': same, 'output_size': same, 'seed': inputs['seed'], 'seed_range': not noisy,
-                'content_weight': same and not inputs['content'], 'content_layers': same and not inputs['content'],
-                'semantic_weight': same and not inputs['style_map']}    # not used, or what they change is compared
-        seed = then['random_seed'] if now['random_seed'] is None or not noisy else now['random_seed']
-        pairs = {'--' + name.replace('_', '-'): (then['options'][name], value)
-                 for name, value in now['options'].items() if name not in FREE and not idle.get(name)}
-        pairs |= {f'the picture `{name}`': (then['inputs'].get(name), inputs[name]) for name in inputs}
-        pairs |= {'the size': (then['shapes'], now['shapes']),
-                  'the file of weights': (then['weights']['sha256'], now['weights']['sha256']),
-                  '--random-seed': (then['random_seed'], seed)}
+        minimiser.restore(arrays)
+        at = Checkpoint(**state, minimiser=minimiser, memory=arrays)
+    except UserError:
+        raise
     except Exception as error:  # a broken file can raise anything
-        raise UserError(f'{path!r} cannot be read as a checkpoint: {one_line(error)}.',
-                        'delete it, or leave --resume out, to start anew') from None
-    for name, (before, after) in pairs.items():
-        if before != after:
-            values = f': {before} then, {after} now' if name.startswith('--') else ''
-            raise UserError(f'{path!r} is of a run in which {name} was another{values}.',
-                            'resume with what it was, or leave --resume out to start anew')
-    return state, minimiser, arrays
+        raise UserError(f'{path!r} cannot be read as a checkpoint: {one_line(error)}.', f'delete it, or {restart}'
+                        ) from None
+    for name, before, after in differences:
+        values = f': {before} then, {after} now' if name.startswith('--') else ''
+        raise UserError(f'{path!r} is of a run in which {name} was another{values}.',
+                        f'resume with what it was, or {restart}')
+    if at.header['options']['frames'] != header['options']['frames']:
+        at.frames = None
+    return at
 
 
-def remembered(objective):
-    """The variables in which an objective keeps what it knows from one evaluation to the next, by name."""
-    return {f'{kind} {layer}': variable for kind in ('history', 'matches')
-            for layer, variable in getattr(objective, kind).items() if variable is not None}
+def differing(then, now):
+    """In what the run of a checkpoint and this one differ, by their `provenance`: (name, then, now)."""
+    inputs, noisy = now['inputs'], now['options']['seed'] == 'noise'
+    same = (then['inputs'], then['shapes']) == (inputs, now['shapes'])
+    # Options that this run does not use, or whose effect on pictures and sizes is compared.
+    unused = {'max_size': same, 'output_size': same, 'seed': inputs['seed'], 'seed_range': not noisy,
+              'content_weight': same and not inputs['content'], 'content_layers': same and not inputs['content'],
+              'semantic_weight': same and not inputs['style_map']}
+    seed = then['random_seed'] if now['random_seed'] is None or not noisy else now['random_seed']
+    flags = [flag for rows in OPTIONS.values() for flag, resume, *_ in rows if resume == SAME]
+    pairs = [(flag, then['options'][attribute(flag)], now['options'][attribute(flag)]) for flag in flags
+             if not unused.get(attribute(flag))]
+    pairs += [(f'the picture `{name}`', then['inputs'].get(name), inputs[name]) for name in inputs]
+    pairs += [('the size', then['shapes'], now['shapes']),
+              ('the file of weights', then['weights']['sha256'], now['weights']['sha256']),
+              ('--random-seed', then['random_seed'], seed)]
+    return [pair for pair in pairs if pair[1] != pair[2]]
 
 
-def memory(objective):
-    """The arrays in these variables, by name."""
-    return {name: variable.get_value() for name, variable in remembered(objective).items()}
-
-
-def remember(objective, arrays, fresh):
-    """Put an objective back to where its memory was these arrays; `fresh` says that its next matches are the first."""
-    for name, variable in remembered(objective).items():
-        variable.set_value(arrays[name])
-    objective.fresh = fresh
+def is_before(line, at):
+    """Whether a line of a log is whole, and its header or of an evaluation before a `Checkpoint`."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        entry = json.loads(line)
+        known = at.phase, at.evaluation
+        return line.endswith(b'\n') and ('inputs' in entry or (entry['phase'], entry['evaluation']) < known)
+    return False
 
 
 class Journal:
-    """What a run tells and leaves behind: lines, progress, frames, the log, the checkpoint, the result.
+    """What a run leaves behind and says while it goes on: lines, progress, frames, log, checkpoints, result.
 
     What cannot be written never ends a run: the person watching is told why, once.
 
     Parameters
     ----------
     options : argparse.Namespace
+    places : Places
     size : (width, height) of the result
-    header : dict
-        The log's first line: what explains the run.
-    checkpoint : (dict, Minimiser, dict of str to array) or None
-        What `read_checkpoint` gives of the run to go on with.
+    at : Checkpoint
+        Where the run begins: a log of what was before is gone on with.
     """
 
-    def __init__(self, options, size, header, checkpoint=None):
-        self.options, self.size, self.header, self.saved, self.told = options, size, header, None, set()
-        self.state, self.minimiser, self.arrays = checkpoint or ({}, None, {})
-        self.number, self.phase = self.state.get('number', 0), self.state.get('phase', 0)
-        self.objective, self.frames, self.settled, self.signal = None, None, True, None
-        if self.state and self.state['header']['options']['frames'] == options.frames:
-            self.frames = self.state['frames']
-        self.bar = tqdm(total=options.phases * options.iterations, initial=self.number, disable=None, leave=False)
+    def __init__(self, options, places, size, at):
+        self.options, self.places, self.size, self.saved, self.told = options, places, size, None, set()
+        self.bar = tqdm(total=options.phases * options.iterations, initial=at.number, disable=None, leave=False)
         self.log, self.unwritten, kept = None, b'', 0
-        if self.state and options.log and os.path.isfile(options.log):
+        if at.number and options.log and os.path.isfile(options.log):
             with open(options.log, 'rb') as file:
-                kept = sum(map(len, itertools.takewhile(self.is_before, file)))
+                kept = sum(map(len, itertools.takewhile(lambda line: is_before(line, at), file)))
         if options.log:
             self.log = open(options.log, 'ab' if kept else 'wb', buffering=0)
             if kept:
                 self.log.truncate(kept)
             else:
-                self.write_log(header)
-
-    def is_before(self, line):
-        """Whether a line of the log is whole, and its header or of an evaluation that the checkpoint knows."""
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            entry = json.loads(line)
-            known = self.phase, self.state['evaluation']
-            return line.endswith(b'\n') and ('inputs' in entry or (entry['phase'], entry['evaluation']) < known)
-        return False
+                self.write_log(at.header)
 
     @contextlib.contextmanager
     def spared(self, path):
@@ -3107,119 +3336,88 @@ class Journal:
             yield
         except OSError as error:
             if path not in self.told:
-                self.say(bold(f'WARNING: `{path}` cannot be written: {error.strerror or one_line(error)}. '
-                              'The run goes on. FIX: make room, or let the folder be written.'))
+                self.warn(f'`{path}` cannot be written: {error.strerror or one_line(error)}. The run goes on. '
+                          'FIX: make room, or let the folder be written')
             self.told.add(path)
-
-    def write_log(self, entry):
-        """Append one line of JSON."""
-        if self.log:
-            self.unwritten += json.dumps(entry).encode() + b'\n'
-            with self.spared(self.options.log):
-                while self.unwritten:
-                    self.unwritten = self.unwritten[self.log.write(self.unwritten):]
-
-    def write_checkpoint(self):
-        """Write what `--resume` needs to go on."""
-        if self.objective is None or not self.number:                   # nothing was done since an earlier one
-            return
-        arrays = vars(self.minimiser) | memory(self.objective)
-        state = {name: getattr(self, name) for name in STATE} | dict(fresh=self.objective.fresh, arrays=list(arrays))
-        with self.spared(self.options.checkpoint), written_whole(self.options.checkpoint) as file:
-            for array in (json.dumps(state), *arrays.values()):         # no .npz: zipfile has words of its own for a
-                np.save(file, array)                                    # full disk
-
-    def interrupt(self, number, frame):
-        """Signal handler: `interrupt`, but not before objective, minimiser and journal know of the same evaluations."""
-        self.signal = number
-        if self.settled:
-            interrupt(number, frame)
-
-    def settle(self):
-        """They have: a signal that came meanwhile is heard."""
-        self.settled = True
-        if self.signal:
-            self.interrupt(self.signal, None)
 
     def say(self, text):
         """A line above the progress bar."""
         self.bar.clear()
         say(text)
 
-    def begin(self, phase, size, objective):
-        """A phase starts."""
-        self.settled, self.phase, self.objective = False, phase, objective
-        self.error, self.evaluation = self.state.get('error', 255.), self.state.get('evaluation', 0)
-        if self.state:
-            remember(objective, self.arrays, self.state['fresh'])
-        self.state = {}
-        scale = 1 / 2 ** (self.options.phases - 1 - phase)
-        self.say(f'\n{bold(f"Phase #{phase}")}: resolution {size[0]}x{size[1]}  scale {scale}')
-        for layer in objective.style_layers:
-            self.say(f'  - Style layer {layer}: {objective.describe(layer)}.')
+    def warn(self, text):
+        """A warning above the progress bar."""
+        self.say(bold(f'WARNING: {text}.'))
+
+    def begin(self, at, size, objective):
+        """A phase begins, at this (width, height)."""
+        scale = 1 / 2 ** (self.options.phases - 1 - at.phase)
+        self.say(f'\n{bold(f"Phase #{at.phase}")}: resolution {size[0]}x{size[1]}  scale {scale}')
+        for layer, term in objective.style.items():
+            self.say(f'  - Style layer {layer}: {term.describe()}.')
         for layer, target in objective.target.items():
             features = target.get_value(borrow=True)
             self.say(f'  - Content layer conv{layer}: {features.shape[2]} features in {features.nbytes // 1000:,}kb.')
         self.say('')
         self.since = time.time()
 
-    def evaluate(self, x):
-        """Loss and gradient of the image `x`, all that belongs to an evaluation done; what fails leaves no trace."""
-        self.settle()
-        if self.number % min(self.options.save_every or 10, 10) == 0:
-            self.write_checkpoint()
-        known, fresh = memory(self.objective), self.objective.fresh
-        try:
-            evaluation = self.objective(x)
-            self.settled = False
-        except BaseException as error:                                  # a signal may find the matches new already
-            diverged = isinstance(error, FloatingPointError)
-            remember(self.objective, known, fresh or diverged)
-            self.settled = not diverged                                 # else until the minimiser has begun anew
-            raise
-        self.record(x, evaluation)
-        return evaluation.total, evaluation.gradient
-
-    def record(self, x, evaluation):
-        """An evaluation is done: its line, its frame, its entry in the log."""
-        largest = float(np.abs(evaluation.gradient).max())
-        self.error = 0.9 * self.error + 0.1 * min(largest, 255)
-        every = self.options.print_every
-        if every and self.number % every == 0:
-            self.say(progress_line(self.number, evaluation, self.error, time.time() - self.since))
+    def record(self, at, x, evaluation):
+        """The evaluation of the image `x` (3, H, W) was counted last: its line, its frame, its entry in the log."""
+        number, every = at.number - 1, self.options.print_every         # from 0 on
+        if every and number % every == 0:
+            self.say(progress_line(number, evaluation, at.error, time.time() - self.since))
             self.since = time.time()
-        last = (self.phase, self.evaluation) == (0, self.options.iterations - 1)
-        if last and (remark := lost_content(evaluation, self.options)):
+        if (at.phase, at.evaluation) == (0, self.options.iterations) and (
+                remark := lost_content(evaluation, self.options)):
             self.say(remark)
-        if self.options.save_every and self.number % self.options.save_every == 0:
+        if self.options.save_every and number % self.options.save_every == 0:
             with self.spared(self.options.frames):
-                self.frames = self.frames or claim_frames(self.options.frames)
-                write_picture(pixels(x, x.shape[:0:-1]), os.path.join(self.frames, f'{self.number:04d}.png'))
+                at.frames = at.frames or claim_frames(self.options.frames)
+                write_picture(pixels(x, x.shape[:0:-1]), os.path.join(at.frames, f'{number:04d}.png'))
         self.write_log(dict(
-            phase=self.phase, evaluation=self.evaluation, total=evaluation.total, content=evaluation.content,
+            phase=at.phase, evaluation=at.evaluation - 1, total=evaluation.total, content=evaluation.content,
             style=evaluation.style, smooth=evaluation.smooth, gradient_l2=float(np.linalg.norm(evaluation.gradient)),
-            gradient_max=largest, seconds=evaluation.seconds, matching_seconds=evaluation.matching_seconds))
-        self.number, self.evaluation = self.number + 1, self.evaluation + 1
+            gradient_max=float(np.abs(evaluation.gradient).max()), seconds=evaluation.seconds,
+            matching_seconds=evaluation.matching_seconds))
         self.bar.update()
 
-    def save(self, last=True):
+    def write_log(self, entry):
+        """Append one line of JSON; what could not be written comes first."""
+        if self.log:
+            self.unwritten += json.dumps(entry).encode() + b'\n'
+            with self.spared(self.options.log):
+                while self.unwritten:
+                    self.unwritten = self.unwritten[self.log.write(self.unwritten):]
+
+    def keep(self, at):
+        """Write a checkpoint every 10 evaluations, or as often as frames."""
+        if at.number % min(self.options.save_every or 10, 10) == 0:
+            self.keep_now(at)
+
+    def keep_now(self, at):
+        """Write a checkpoint, where there is something to go on from."""
+        if at.number:
+            with self.spared(self.places.checkpoint):
+                write_checkpoint(self.places.checkpoint, at)
+
+    def save(self, at, last=True):
         """Write the last accepted image as the result, the last time where it can be; False if there is none."""
-        if not self.number or self.saved is self.minimiser.image:
-            return self.number > 0
-        options, picture, done = self.options, pixels(self.minimiser.image, self.size), False
-        for path in filter(None, (options.output, options.copy)):
+        if not at.number or self.saved is at.minimiser.image:
+            return at.number > 0
+        picture, done = pixels(at.minimiser.image, self.size), False
+        for path in filter(None, (self.places.output, self.places.copy)):
             done = False
             with self.spared(path):
                 write_picture(picture, path)
                 done = True
-        for folder in (options.frames, '.', '~', tempfile.gettempdir(), '/dev/shm') if last and not done else ():
-            name = f'doodle-{secrets.token_hex(4)}-{os.path.basename(options.output)}'
+        for folder in (self.options.frames, '.', '~', tempfile.gettempdir(), '/dev/shm') if last and not done else ():
+            name = f'doodle-{secrets.token_hex(4)}-{os.path.basename(self.places.output)}'
             path = os.path.join(os.path.expanduser(folder), name)
             with contextlib.suppress(OSError):
                 write_picture(picture, path)
-                options.output, options.copy, done = path, None, True
+                self.places, done = self.places._replace(output=path, copy=None), True
                 break
-        self.saved = self.minimiser.image if done else None
+        self.saved = at.minimiser.image if done else None
         return done
 
 
@@ -3284,6 +3482,36 @@ def interrupt(number, frame):
     """Signal handler: leave whatever runs, to save what there is, once."""
     handle_signals(signal.SIG_IGN)
     raise KeyboardInterrupt(number)                                     # itself: a subclass Theano would wrap
+
+
+class Signals:
+    """A block in which Ctrl-C and `docker stop` wait, but for the parts of it that are `heard`.
+
+    So nothing is left half written or half known. Handlers wait, not threads: those of OpenMP would get the signal.
+    """
+
+    def __enter__(self):
+        self.waiting = None
+        handle_signals(self.wait)
+        return self
+
+    def __exit__(self, *_):
+        handle_signals(signal.SIG_IGN)                                  # what follows only saves
+
+    def wait(self, number, frame):
+        """Signal handler: remember the signal."""
+        self.waiting = number
+
+    @contextlib.contextmanager
+    def heard(self):
+        """A block that a signal, now or before, leaves by a KeyboardInterrupt."""
+        try:
+            handle_signals(interrupt)
+            if self.waiting:
+                interrupt(self.waiting, None)
+            yield
+        finally:
+            handle_signals(self.wait)
 
 
 # ---- engine in C++ ---------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import doodle  # noqa: E402
 
 TITLES = {'gatys': 'Gatys', 'li-wand': 'Li & Wand', 'champandard': 'Champandard'}
-PATCHES, GRAMS, CONTENT = ['3_1', '4_1'], doodle.METHODS['gatys']['style_layers'].split(','), '4_2'
+PATCHES, GRAMS, CONTENT = ['3_1', '4_1'], doodle.METHODS['gatys'][1]['style_layers'].split(','), '4_2'
 
 
 def part_of(labels, shape, layer):

@@ -51,9 +51,9 @@ class Ours:
         x, find = doodle.T.tensor3(), doodle.fast_match if self.fast else doodle.match
         f = doodle.features(doodle.build_network(self.weights, ['4_2'], self.fast), x, ['4_2'])['4_2']
         self.network = doodle.theano.function([x], doodle.theano.grad(doodle.T.sum(f ** 2), x))
-        u = {layer: doodle.T.tensor3() for layer in self.objective.style_layers}
-        self.search = doodle.theano.function(list(u.values()), [find(u[layer], key, self.options.slices)[0]
-                                                                for layer, key in self.objective.keys.items()])
+        u = {layer: doodle.T.tensor3() for layer in self.objective.style}
+        self.search = doodle.theano.function(list(u.values()), [find(u[layer], term.keys, self.options.slices)[0]
+                                                                for layer, term in self.objective.style.items()])
 
     def evaluate(self, x):
         return self.objective(x).total
@@ -61,7 +61,7 @@ class Ours:
     def queries(self, x):
         """The keys of an image, for `search`."""
         f = dict(zip(self.objective.layers, self.objective.features(np.float32(x))))
-        return [self.objective.style_key(f[layer], m.get_value()) for layer, m in self.objective.maps.items()]
+        return [self.objective.prepare(f[layer], term.maps.get_value()) for layer, term in self.objective.style.items()]
 
 
 class Torch:

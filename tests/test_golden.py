@@ -71,7 +71,7 @@ def test_the_program_is_the_twin_and_within_1_percent_of_the_original(doodle, ob
     for layer, best in matches.items():
         S = scores(twin.style[layer], semantic_features(f[layer], twin.maps.get(layer), options.semantic_weight))
         S -= options.variety * S.max(axis=1, keepdims=True)                 # the warm-up saw the same image
-        found = objective.matches[layer].get_value()
+        found = objective.style[layer].matches.get_value()
         lost = S[best, np.arange(len(best))] - S[found, np.arange(len(best))]
         assert lost.max() < 1e-5, layer
 

@@ -103,8 +103,8 @@ def test_a_method_is_the_sum_of_its_terms(doodle, method, power, kind):
         if method == 'gatys':
             terms['style', layer] = twin.gram_loss(scaled[layer], twin.gram(of_style[layer]), o.style_weight / 2)
         else:
-            patches = twin.patches(balance[layer] * channels_first(objective.style[layer].get_value()))
-            terms['style', layer] = twin.style_loss(scaled[layer], patches[objective.matches[layer].get_value()],
+            patches = twin.patches(balance[layer] * channels_first(objective.style[layer].features.get_value()))
+            terms['style', layer] = twin.style_loss(scaled[layer], patches[objective.style[layer].matches.get_value()],
                                                     o.style_weight)
     smooth, gradient = twin.smoothness_loss(x, o.smoothness, power)
     gradient = gradient + twin.features_backward(

@@ -159,7 +159,7 @@ def test_evaluations(doodle, objectives, image, style, classes, narrow, w, seed)
     for objective in both:
         objective.set_phase(content, painted, *channels, image[::-1])
         ours = objective(x)
-        same = [(objective.matches[layer].get_value() == matches[layer]).mean() for layer in matches]
+        same = [(objective.style[layer].matches.get_value() == matches[layer]).mean() for layer in matches]
         assert min(same) > .9                                                               # ties apart
         assert ours.content['2_2'] == pytest.approx(losses['content_2_2'], rel=1e-4)
         assert ours.smooth == pytest.approx(losses['smooth_img'], rel=1e-4)

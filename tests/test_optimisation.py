@@ -1,4 +1,5 @@
 """L-BFGS-B and the way through the phases, on losses that need no network."""
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +29,13 @@ def random(low=0, high=255, seed=1):
     return np.random.default_rng(seed).uniform(low, high, SHAPE)
 
 
+def minimised(minimiser, evaluate, evaluations):
+    """Minimise `evaluate`, x -> (loss, gradient), for so many evaluations; returns the minimiser."""
+    for _ in range(evaluations):
+        minimiser.tell(*evaluate(minimiser.ask()))
+    return minimiser
+
+
 def constant(asked):
     """A loss without a slope."""
     def evaluate(x):
@@ -42,7 +50,7 @@ def constant(asked):
 def test_the_loss_is_evaluated_exactly_as_often_as_asked(doodle, evaluations):
     smooth, misleading, asked = Quadratic(random()), Quadratic(random(), sign=-1), []
     for evaluate in (smooth, misleading, constant(asked)):
-        doodle.Minimiser(random(seed=2)).run(evaluate, evaluations)
+        minimised(doodle.Minimiser(random(seed=2)), evaluate, evaluations)
     assert len(smooth.asked) == len(misleading.asked) == len(asked) == evaluations
 
 
@@ -53,7 +61,7 @@ def test_the_result_is_the_last_accepted_image(doodle):
     def evaluate(x):
         images.append(minimiser.image)
         return loss(x)
-    minimiser.run(evaluate, 12)
+    minimised(minimiser, evaluate, 12)
     images = list({id(image): image for image in [*images, minimiser.image]}.values())
     values = [loss(x)[0] for x in images]
     assert len(images) > 4 and (start == before).all() and (images[0] == start).all()
@@ -62,15 +70,14 @@ def test_the_result_is_the_last_accepted_image(doodle):
 
 
 def test_where_no_step_is_better_the_start_stays(doodle):
-    minimiser = doodle.Minimiser(random(seed=2))
-    minimiser.run(Quadratic(random(), sign=-1), 60)
+    minimiser = minimised(doodle.Minimiser(random(seed=2)), Quadratic(random(), sign=-1), 60)
     np.testing.assert_allclose(minimiser.image, random(seed=2), atol=1e-9)
 
 
 def test_the_minimum_is_found_within_0_and_255(doodle):
     target = random(-100, 355)
-    loss, minimiser = Quadratic(target), doodle.Minimiser(random())
-    minimiser.run(loss, 100)
+    loss = Quadratic(target)
+    minimiser = minimised(doodle.Minimiser(random()), loss, 100)
     np.testing.assert_allclose(minimiser.image, target.clip(0, 255), atol=1e-3)
     assert np.min(loss.asked) == 0 and np.max(loss.asked) == 255
 
@@ -84,7 +91,7 @@ def rosenbrock(x):
 
 def test_it_asks_for_what_scipy_asks_for(doodle):
     ours, scipys = [], []
-    doodle.Minimiser(random()).run(lambda x: (ours.append(x.copy()), rosenbrock(x))[1], 150)
+    minimised(doodle.Minimiser(random()), lambda x: (ours.append(x.copy()), rosenbrock(x))[1], 150)
 
     def evaluate(x):
         scipys.append(x.reshape(SHAPE).copy())
@@ -96,28 +103,38 @@ def test_it_asks_for_what_scipy_asks_for(doodle):
 
 
 @pytest.mark.parametrize('at', [0, 1, 2, 13, 30, 59])
-def test_its_attributes_are_all_that_it_knows(doodle, at):
-    whole, asked, first = [], [], doodle.Minimiser(random())
-    doodle.Minimiser(random()).run(lambda x: (whole.append(x.copy()), rosenbrock(x))[1], 60)
-
-    def evaluate(x):
-        if len(asked) == at:
-            raise KeyboardInterrupt
-        asked.append(x.copy())
-        return rosenbrock(x)
-    with pytest.raises(KeyboardInterrupt):
-        first.run(evaluate, 60)
-    second = doodle.Minimiser(first.image)
-    vars(second).update((name, np.copy(value)) for name, value in vars(first).items())
-    second.run(lambda x: (asked.append(x.copy()), rosenbrock(x))[1], 60 - at)
+def test_its_state_is_all_that_it_knows(doodle, at):
+    whole, asked = [], []
+    minimised(doodle.Minimiser(random()), lambda x: (whole.append(x.copy()), rosenbrock(x))[1], 60)
+    first = minimised(doodle.Minimiser(random()), lambda x: (asked.append(x.copy()), rosenbrock(x))[1], at)
+    second, state = doodle.Minimiser(random(seed=2)), {name: value.copy() for name, value in first.state().items()}
+    minimised(first, rosenbrock, 3)                                                    # touches no copy
+    second.restore(state)
+    minimised(second, lambda x: (asked.append(x.copy()), rosenbrock(x))[1], 60 - at)
     assert len(asked) == 60 and all((a == b).all() for a, b in zip(asked, whole))
+
+
+def test_a_loss_a_million_times_the_least_blows_up_and_is_recovered_from_once(doodle):
+    minimiser = minimised(doodle.Minimiser(random()), rosenbrock, 20)
+    image = minimiser.image
+    for loss in (1e6 * max(1, rosenbrock(image)[0]) * 1.1, np.nan):
+        minimiser.ask()
+        with pytest.raises(FloatingPointError, match='blew up') as error:
+            minimiser.tell(loss, np.zeros(SHAPE))
+        if np.isfinite(loss):
+            minimiser.recover(error.value)
+            assert (minimiser.ask() == image).all() and minimiser.image is image
+            minimised(minimiser, rosenbrock, 1)
+        else:
+            with pytest.raises(FloatingPointError):
+                minimiser.recover(error.value)
 
 
 # ---- paint -----------------------------------------------------------------------------------------------------------
 
 class Objective:
     """A loss that knows nothing of networks: `pull` times the squared distance from an image of its own."""
-    style_layers, target, history, matches = [], {}, {}, {}
+    style, target = {}, {}
 
     def __init__(self, doodle, pull=0., fails_at=None):
         self.doodle, self.pull, self.fails_at, self.phases, self.asked = doodle, pull, fails_at, [], []
@@ -125,6 +142,12 @@ class Objective:
     def set_phase(self, *arguments):
         self.phases.append(arguments)
         self.fresh = True
+
+    def state(self):
+        return {'fresh': np.array(self.fresh)}
+
+    def restore(self, state):
+        self.fresh = bool(state['fresh'])
 
     def __call__(self, x):
         if len(self.asked) == self.fails_at:
@@ -137,24 +160,29 @@ class Objective:
 
 @pytest.fixture
 def painted(doodle, tmp_path, monkeypatch):
-    """Paint with an objective; returns the journal and the sizes of the images it saved."""
+    """Paint with an objective; returns the journal, where the run got to, and the sizes of the images it saved."""
     monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def painted(objective, *arguments):
         options = doodle.parse_options([
             f'--style={FOLDER / "face_style.png"}', f'--content={FOLDER / "face_content.png"}', '--output=out.png',
             '--save-every=0', '--print-every=0', *arguments])
         inputs, _ = doodle.read_inputs(options)
-        journal = doodle.Journal(options, inputs.size, {})
-        seen, save = SimpleNamespace(journal=journal, saved=[], inputs=inputs), journal.save
-        monkeypatch.setattr(journal, 'save', lambda **how: (
-            seen.saved.append(np.shape(journal.minimiser.image)), save(**how))[1])
+        at = doodle.Checkpoint({'random_seed': 5})
+        journal = doodle.Journal(options, doodle.place_output(options), inputs.size, at)
+        seen, save = SimpleNamespace(journal=journal, at=at, saved=[], inputs=inputs), journal.save
+        monkeypatch.setattr(journal, 'save', lambda at, **how: (
+            seen.saved.append(np.shape(at.minimiser.image)), save(at, **how))[1])
         try:
-            doodle.paint(objective, inputs, options, 5, journal)
+            with doodle.Signals() as signals:
+                doodle.paint(objective, inputs, options, at, journal, signals)
         except KeyboardInterrupt:
-            journal.save()
+            journal.save(at)
         return seen
-    return painted
+    yield painted
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_each_phase_has_its_sizes_pictures_maps_and_evaluations(doodle, painted):
@@ -184,7 +212,7 @@ def test_the_result_is_written_after_every_phase_at_full_size(doodle, painted):
     seen = painted(Objective(doodle, pull=.5), '--phases=3', '--iterations=5')
     assert seen.saved == [(3, 28, 24), (3, 56, 48), (3, 112, 96)]
     written = doodle.read_picture('out.png').pixels
-    assert (written == doodle.pixels(seen.journal.minimiser.image, (96, 112))).all()
+    assert (written == doodle.pixels(seen.at.minimiser.image, (96, 112))).all()
 
 
 @pytest.mark.parametrize('evaluations', [5, 6, 7, 15, 20])
@@ -192,7 +220,7 @@ def test_an_interruption_leaves_the_last_accepted_image(doodle, painted, evaluat
     objective = Objective(doodle, pull=.5, fails_at=evaluations)
     seen = painted(objective, '--phases=2', '--iterations=12')
     written = doodle.read_picture('out.png').pixels
-    assert (written == doodle.pixels(seen.journal.minimiser.image, (96, 112))).all()
+    assert (written == doodle.pixels(seen.at.minimiser.image, (96, 112))).all()
     assert (written != doodle.pixels(objective.asked[0], (96, 112))).any()
     if evaluations > 13:
         assert (written != doodle.pixels(objective.asked[12], (96, 112))).any()
@@ -200,4 +228,4 @@ def test_an_interruption_leaves_the_last_accepted_image(doodle, painted, evaluat
 
 def test_an_interruption_before_the_first_evaluation_leaves_nothing(doodle, painted, tmp_path):
     seen = painted(Objective(doodle, fails_at=0), '--phases=1')
-    assert seen.journal.save() is False and not (tmp_path / 'out.png').exists()
+    assert seen.journal.save(seen.at) is False and not (tmp_path / 'out.png').exists()

@@ -81,7 +81,7 @@ def test_a_method_has_defaults_of_its_own():
     assert (published.style_layers, published.rotations, published.scales) == (['3_1', '4_1'], 2, 1)
 
 
-@pytest.mark.parametrize('name, own', program.METHODS.items())
+@pytest.mark.parametrize('name, own', [(name, own) for name, (_, own) in program.METHODS.items()])
 def test_what_a_method_has_not_is_refused(refused, name, own):
     for flag in (f'--{key.replace("_", "-")}' for key, default in own.items() if default is None):
         problem, _ = refused('--style=a.png', f'--method={name}', f'{flag}=1')

@@ -30,19 +30,6 @@ class Killed(BaseException):
     """As sudden as SIGKILL: nothing catches it."""
 
 
-class Value:
-    """As far as the checkpoint goes, a shared variable of Theano's."""
-
-    def __init__(self):
-        self.value = np.zeros(0)
-
-    def get_value(self):
-        return self.value
-
-    def set_value(self, value):
-        self.value = value
-
-
 @pytest.fixture
 def painted(doodle, tmp_path, monkeypatch, capsys):
     """The whole program in a folder with pictures, its loss a quadratic one without a network.
@@ -60,28 +47,33 @@ def painted(doodle, tmp_path, monkeypatch, capsys):
         seen = SimpleNamespace(asked=[], history=[], phase=None)
 
         class Objective:
-            style_layers, target, fresh, matches = [], {}, True, {}
+            style, target, fresh = {}, {}, True
 
-            def __init__(self, *_):
-                self.history = {'3_1': Value()}
+            def __init__(self, *_, **__):
+                pass
 
             def set_phase(self, *_):
                 seen.phase = 0 if seen.phase is None else seen.phase + 1
-                self.fresh = True
-                self.history['3_1'].set_value(np.zeros(4))
+                self.fresh, self.history = True, np.zeros(4)
+
+            def state(self):
+                return {'history': self.history, 'fresh': np.array(self.fresh)}
+
+            def restore(self, state):
+                self.history, self.fresh = state['history'], bool(state['fresh'])
 
             def __call__(self, x):
                 number = len(seen.asked)
                 seen.asked.append(x.copy())
-                seen.history.append(None if self.fresh else self.history['3_1'].get_value()[0])
+                seen.history.append(None if self.fresh else self.history[0])
                 difference = x - 200 * np.cos(np.arange(x.size)).reshape(x.shape)
                 slope = 1 + np.arange(x.size).reshape(x.shape) % 7
                 total = at[number]() if number in at else (slope * difference ** 2).sum()
-                self.history['3_1'].set_value(self.history['3_1'].get_value() + 1)
-                self.fresh = not np.isfinite(total or 0)
+                self.history = self.history + 1
                 after.get(number, int)()
-                if self.fresh:
+                if not np.isfinite(total or 0):
                     raise FloatingPointError('the loss or its gradient is not finite')
+                self.fresh = False
                 return doodle.Evaluation(total, {}, {}, 0., 2 * slope * difference, 0., 0.)
 
         monkeypatch.setattr(doodle, 'find_weights', lambda options: (
@@ -305,7 +297,7 @@ def test_an_interruption_leaves_a_checkpoint_of_all_that_was_done(painted):
     assert len(painted('--resume').asked) == 27
 
 
-@pytest.mark.parametrize('where', ['write_log', 'write_picture', 'settle'])
+@pytest.mark.parametrize('where', ['write_log', 'write_picture', 'keep'])
 def test_a_signal_between_evaluations_waits_until_all_know_of_the_last(doodle, painted, monkeypatch, where):
     whole, calls, owner = painted('--random-seed=3'), [], doodle if where == 'write_picture' else doodle.Journal
     function = getattr(owner, where)

@@ -49,14 +49,14 @@ def evaluated(doodle):
 def test_of_the_patches_that_show_something_the_best_is_matched(evaluated, fast, choices):
     objective, _, f = evaluated(*choices, fast=fast)
     for layer, k in LAYERS.items():
-        allowed, g = seen(ALPHA, k), channels_first(objective.style[layer].get_value())
+        allowed, g = seen(ALPHA, k), channels_first(objective.style[layer].features.get_value())
         assert 0 < allowed.sum() < len(allowed) / 1.5
-        assert ((objective.scale[layer].get_value() > 0) == allowed).all()
+        assert ((objective.style[layer].scale.get_value() > 0) == allowed).all()
         image = channels_first(f[layer])
         S = twin.patch_scores(g, image) if 'li-wand' in str(choices) else twin.scores(
             *(twin.semantic_features(features, None, 0) for features in (g, image)))        # (j, i)
         S -= 0.5 * S.max(axis=1, keepdims=True) if '--variety=0.5' in choices else 0
-        assert_best(np.where(allowed[:, None], S, -np.inf), objective.matches[layer].get_value())
+        assert_best(np.where(allowed[:, None], S, -np.inf), objective.style[layer].matches.get_value())
 
 
 @pytest.mark.parametrize('method', ['champandard', 'li-wand'])
@@ -71,20 +71,20 @@ def test_alpha_turns_and_scales_with_the_copies(doodle, evaluated, method, fast)
             rows[:h - 2, :w - 2] = seen(np.moveaxis(copy, 0, 2), k).reshape(h - 2, w - 2)
             allowed.append(rows)                                        # the last two are over a seam
         allowed = np.concatenate(allowed)[:-2].ravel()
-        assert ((objective.scale[layer].get_value() > 0) == allowed).all()
-        assert allowed[objective.matches[layer].get_value()].all()
-        assert f'({allowed.sum()}, ' in objective.describe(layer)
+        assert ((objective.style[layer].scale.get_value() > 0) == allowed).all()
+        assert allowed[objective.style[layer].matches.get_value()].all()
+        assert f'({allowed.sum()}, ' in objective.style[layer].describe()
 
 
 def test_alpha_goes_through_the_phases(evaluated):
     objective, _, _ = evaluated(shrink=2)                               # each pixel is then 2x2 of ALPHA's
     for layer, k in LAYERS.items():
-        assert ((objective.scale[layer].get_value() > 0) == seen(ALPHA, 2 * k)).all()
+        assert ((objective.style[layer].scale.get_value() > 0) == seen(ALPHA, 2 * k)).all()
 
 
 def test_cached_matches_show_something_too(evaluated):
     objective, _, _ = evaluated('--cache=1', '--variety=0.1', times=2)
-    assert all(seen(ALPHA, k)[objective.matches[layer].get_value()].all() for layer, k in LAYERS.items())
+    assert all(seen(ALPHA, k)[objective.style[layer].matches.get_value()].all() for layer, k in LAYERS.items())
 
 
 def test_a_gram_matrix_is_of_the_pixels_that_show_something(doodle, evaluated):
@@ -92,12 +92,12 @@ def test_a_gram_matrix_is_of_the_pixels_that_show_something(doodle, evaluated):
     whole, _, _ = evaluated('--method=gatys', alpha=np.full_like(ALPHA, 255))
     plain, _, _ = evaluated('--method=gatys', transparent=False)
     for layer, k in LAYERS.items():
-        A = plain.style[layer].get_value()
-        np.testing.assert_allclose(whole.style[layer].get_value(), A, rtol=1e-6)
+        A = plain.style[layer].gram.get_value()
+        np.testing.assert_allclose(whole.style[layer].gram.get_value(), A, rtol=1e-6)
         g = dict(zip(objective.layers, objective.features(np.float32(STYLE))))[layer]
         pixels = [g[y, x] for y, x in np.ndindex(g.shape[:2]) if ALPHA[k * y:k * (y + 1), k * x:k * (x + 1)].any()]
         expected = np.einsum('na, nb -> ab', pixels, pixels) / len(pixels)
-        np.testing.assert_allclose(objective.style[layer].get_value(), expected, rtol=1e-4)
+        np.testing.assert_allclose(objective.style[layer].gram.get_value(), expected, rtol=1e-4)
         assert np.abs(expected - A).max() > 1e-2 * A.max()
 
 
