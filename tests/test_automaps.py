@@ -15,9 +15,13 @@ FACES = 'astronaut.png', 'hopper.png'
 
 @pytest.fixture(scope='module')
 def tool(doodle):
-    doodle.import_skimage()
     import measure_maps
     return measure_maps
+
+
+@pytest.fixture(scope='module')
+def automaps(doodle):
+    return doodle.import_automaps()
 
 
 @pytest.fixture(scope='module')
@@ -28,8 +32,8 @@ def faces(doodle):
 
 
 @pytest.fixture(scope='module')
-def found(doodle, tool, faces):
-    return doodle.automatic_maps(faces[0], [None, None], 6, faces[2], True)
+def found(automaps, faces):
+    return automaps.automatic_maps(faces[0], [None, None], 6, faces[2], True)
 
 
 def test_faces_agree_far_better_than_by_colours(doodle, tool, faces, found):
@@ -42,8 +46,8 @@ def test_faces_agree_far_better_than_by_colours(doodle, tool, faces, found):
     assert there + back > by_there + by_back + 2 * 0.25
 
 
-def test_maps_are_repeated_and_every_part_is_in_both(doodle, faces, found):
-    again = doodle.automatic_maps(faces[0], [None, None], 6, faces[2], True)
+def test_maps_are_repeated_and_every_part_is_in_both(doodle, automaps, faces, found):
+    again = automaps.automatic_maps(faces[0], [None, None], 6, faces[2], True)
     assert all((a == b).all() for a, b in zip(found, again))
     parts = [np.unique(doodle.colour_codes(colours)) for colours in found]
     assert len(parts[0]) == 6 and (parts[0] == parts[1]).all()
@@ -51,10 +55,10 @@ def test_maps_are_repeated_and_every_part_is_in_both(doodle, faces, found):
 
 
 @pytest.mark.parametrize('k', [0, 1])
-def test_one_painted_map_is_completed(doodle, tool, faces, k):
+def test_one_painted_map_is_completed(doodle, automaps, tool, faces, k):
     """In its own colours; 0.71 and 0.48 of the area are as painted, and 0.37 by calling all background."""
     pictures, painted, weights = faces
-    maps = doodle.automatic_maps(pictures, [painted[i] if i == k else None for i in (0, 1)], 0, weights, True)
+    maps = automaps.automatic_maps(pictures, [painted[i] if i == k else None for i in (0, 1)], 0, weights, True)
     codes = [doodle.colour_codes(maps[1 - k]), doodle.colour_codes(painted[1 - k])]
     assert set(np.unique(codes[0])) <= set(np.unique(codes[1]))
     assert (codes[0] == codes[1]).mean() > (0.42, 0.65)[k]
@@ -69,20 +73,19 @@ def test_rand_index_and_agreement(tool):
 
 
 @pytest.mark.parametrize('count', range(2, 17))
-def test_colours_serve_as_they_are(doodle, count):
+def test_colours_serve_as_they_are(doodle, automaps, count):
     """No two are alike to a cosine, so that `map_channels` has nothing to mend."""
-    colours = doodle.map_colours(count)
+    colours = automaps.map_colours(count)
     assert len(np.unique(colours, axis=0)) == count and colours.max(axis=1).min() == 255
     maps = [np.repeat(colours[None], 3, axis=0)] * 2
     assert doodle.map_channels(maps, *doodle.map_classes(maps, [False, False])) == (maps, None)
 
 
-def test_small_parts_that_share_a_superpixel_do_not_wreck_a_map(doodle):
-    doodle.import_skimage()
+def test_small_parts_that_share_a_superpixel_do_not_wreck_a_map(automaps):
     red, blue, green = (255, 0, 0), (0, 0, 255), (0, 255, 0)
     painted = np.kron(np.uint8([[red, red], [blue, green], [red, red], [red, red]]), np.ones((4, 8, 1), np.uint8))
     cut = np.arange(4).repeat(4)[:, None].repeat(16, axis=1)            # a superpixel is four rows
-    parts, colours = doodle.painted_parts([cut, cut + 4], np.float64([0, 1, 0, 0] * 2)[:, None], painted, 0)
+    parts, colours = automaps.painted_parts([cut, cut + 4], np.float64([0, 1, 0, 0] * 2)[:, None], painted, 0)
     names = [tuple(colour) for colour in colours[parts]]
     assert names[4] == names[6] == names[7] == red and names[5] in (blue, green)
 
@@ -96,7 +99,7 @@ SMALL = ('--style=astronaut.png', '--content=hopper.png', '--auto-maps=4', '--ne
          '--iterations=1', '--max-size=64', '--save-every=0')
 
 
-def test_missing_maps_are_written_once(doodle, run, tmp_path, monkeypatch):
+def test_missing_maps_are_written_once(doodle, automaps, run, tmp_path, monkeypatch):
     """The run goes on with them; what stands there stays, and is what the other map follows."""
     (tmp_path / 'new').mkdir()
     for folder in (tmp_path, tmp_path / 'new'):
@@ -121,7 +124,7 @@ def test_missing_maps_are_written_once(doodle, run, tmp_path, monkeypatch):
         SAMPLES / 'hopper_sem.png', tmp_path / 'astronaut_sem.png'))
     assert set(completed) <= set(painted)
     monkeypatch.chdir(tmp_path)
-    assert doodle.missing_maps(doodle.parse_options(list(SMALL))) == {}
+    assert automaps.missing_maps(doodle.parse_options(list(SMALL))) == {}
 
 
 @pytest.mark.parametrize('arguments, problem', [
