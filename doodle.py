@@ -322,15 +322,26 @@ Inputs = namedtuple('Inputs', 'content content_map style style_map seed size sty
 
 
 def read_inputs(options):
-    """Read and check all that a run needs, before anything slow begins.
+    """Pictures and maps, as `read_pictures` and `read_maps` give them one after the other: inputs and remarks."""
+    paths = map_paths(options)
+    inputs, remarks = read_pictures(options, paths)
+    inputs, lines = read_maps(inputs, options, paths)
+    return inputs, remarks + lines
+
+
+def read_pictures(options, maps):
+    """Read and check all that a run needs but the maps, before anything slow begins.
 
     Parameters
     ----------
     options : argparse.Namespace
+    maps : list of str
+        As from `map_paths`: inputs, too, which nothing may overwrite.
 
     Returns
     -------
     inputs : Inputs
+        Without maps. Without a content picture its size is that of a texture; a doodle's map is yet to tell it.
     remarks : list of str
         What was loaded, a line each.
 
@@ -340,7 +351,6 @@ def read_inputs(options):
         Whatever is missing, broken, or does not fit together.
     """
     remarks, seed_path = [], None if options.seed in ('noise', 'content') else options.seed
-    maps = map_paths(options)                                           # before the output finds another place
     previews = map(import_automaps().preview_path, maps) if options.auto_maps else ()
     check_written(options, [options.content, options.style, seed_path, *maps, *previews, options.weights])
     for flag, path in (('--frames', options.frames if options.save_every else None), ('--log', options.log)):
@@ -348,65 +358,77 @@ def read_inputs(options):
             remarks.append(bold(f'WARNING: {flag} {path!r} is on no mounted folder, and is lost with the container. '
                                 f'FIX: -v "$PWD:/nd", or another {flag}.'))
 
-    content = seed = content_map = style_map = None
+    content = seed = None
     if options.content:
         content, _, lines = read_picture(options.content)
         content = limited(content, options.max_size, Image.LANCZOS)
         remarks += [f'Loading `{options.content}` for content data.', *lines]
+    elif options.seed == 'content':
+        raise UserError('--seed=content needs a content picture.', 'add --content, or use --seed=noise')
     style, style_alpha, lines = read_picture(options.style)
     style = limited(style, options.max_size, Image.LANCZOS)
     remarks += [f'Loading `{options.style}` for style data.', *lines]
     if style_alpha is not None:
         style_alpha = limited(style_alpha[:, :, None], options.max_size, Image.BOX)         # (h, w, 1)
         style_alpha = None if style_alpha.all() else style_alpha
-
-    if not options.auto_maps or not import_automaps().missing_maps(options):    # else painted and read later
-        content_map, style_map, lines = read_maps(options, maps, content, style)
-        remarks += lines
     if options.rotations or options.scales:
         count = copy_count(options)
         remarks.append(f'{count} copies of the style picture, so matching takes some {count} times as long; '
                        'fewer by --rotations and --scales.')
-
-    shape = content if content is not None else content_map
-    if options.output_size and shape is not None:
-        raise UserError('--output-size is for texture synthesis; here the content or its map gives the size.',
-                        'leave --output-size out')
-    if options.seed == 'content' and content is None:
-        raise UserError('--seed=content needs a content picture.', 'add --content, or use --seed=noise')
     if seed_path:
         seed, _, lines = read_picture(seed_path)
         remarks += lines
     if content is None:
         remarks.append('No content picture: the result depends on style, map and seed only.')
-    size = options.output_size or (style if shape is None else shape).shape[1::-1]
+    size = options.output_size or (style if content is None else content).shape[1::-1]
+    inputs = Inputs(content, None, style, None, seed, size, style_alpha)
+    if content is not None:
+        check_sizes(inputs, options)
+    return inputs, remarks
 
+
+def read_maps(inputs, options, paths):
+    """Read the maps at `paths`, where they are wanted and there: `inputs` with them, and remarks."""
+    (content_map, style_map), remarks = map_pair(inputs, options, paths)
+    inputs = inputs._replace(content_map=content_map, style_map=style_map)
+    if inputs.content is None:
+        if content_map is not None:                                     # of a doodle, which is of the same size
+            inputs = inputs._replace(size=content_map.shape[1::-1])
+        check_sizes(inputs, options)
+    return inputs, remarks
+
+
+def check_sizes(inputs, options):
+    """Refuse pictures that are too small for the layers, and a style that is transparent as far as a layer sees."""
+    if options.output_size and (inputs.content is not None or inputs.content_map is not None):
+        raise UserError('--output-size is for texture synthesis; here the content or its map gives the size.',
+                        'leave --output-size out')
     # A layer whose patches are matched needs one of 3x3, any other one pixel, in the smallest phase.
-    patched = [] if options.method == 'gatys' else options.style_layers
-    least, layer = max((stride(layer) * (3 if layer in patched else 1), layer)
-                       for layer in options.style_layers + (options.content_layers if content is not None else []))
-    for name, (width, height) in (('result', size), ('style picture', style.shape[1::-1])):
+    patched, style_size = [] if options.method == 'gatys' else options.style_layers, inputs.style.shape[1::-1]
+    least, layer = max((stride(layer) * (3 if layer in patched else 1), layer) for layer in
+                       options.style_layers + (options.content_layers if inputs.content is not None else []))
+    for name, (width, height) in (('result', inputs.size), ('style picture', style_size)):
         if min(phase_size((width, height), 0, options.phases)) < least:
             fits = int(math.log2(max(1, min(width, height) / least))) + 1
             raise UserError(f'The {name}, {width}x{height}, is too small for conv{layer} in the first of '
                             f'{options.phases} phases, where its sides must be {least} or more.',
                             f'--phases={fits}' if min(width, height) >= least else 'use a larger picture')
-    for phase, layer in itertools.product(range(options.phases), () if style_alpha is None else options.style_layers):
-        if not pooled_map(style_alpha, phase_size(style.shape[1::-1], phase, options.phases), layer).any():
+    cut_out = () if inputs.style_alpha is None else options.style_layers
+    for phase, layer in itertools.product(range(options.phases), cut_out):
+        if not pooled_map(inputs.style_alpha, phase_size(style_size, phase, options.phases), layer).any():
             raise UserError(f'All of {options.style!r} is transparent, as conv{layer} sees it in phase {phase}.',
                             'use a style picture that shows something')
-    return Inputs(content, content_map, style, style_map, seed, size, style_alpha), remarks
 
 
-def read_maps(options, paths, content, style):
+def map_pair(inputs, options, paths):
     """The maps at `paths` of both pictures, (H, W, K) uint8 arrays, or None where none are wanted; and remarks."""
     if options.method != 'champandard':
-        return None, None, [f'Method {options.method}, which reads no semantic maps.']
-    pictures = {'content': (options.content, content), 'style': (options.style, style)}
+        return (None, None), [f'Method {options.method}, which reads no semantic maps.']
+    pictures = {'content': (options.content, inputs.content), 'style': (options.style, inputs.style)}
     paths = dict(zip(pictures, paths))
     found = [name for name in paths if options.semantic_weight and is_there(paths[name])]
     if not found:
-        return None, None, ['No semantic maps: patches are matched by their features alone.']
+        return (None, None), ['No semantic maps: patches are matched by their features alone.']
     if len(found) == 1:
         missing = paths['style' if found == ['content'] else 'content']
         raise UserError(f'{paths[found[0]]!r} is a map, but {missing!r} is not there.', 'paint that map too, ' +
@@ -421,8 +443,8 @@ def read_maps(options, paths, content, style):
         unread = ', '.join(f'`{other}`' for other in other_endings(path, pictures[name][0] or ''))
         remarks.append(f'Adding `{path}` as semantic map' + (f', and not {unread}.' if unread else '.'))
     remarks += legend(classes, dict(zip(paths, maps)), dict(zip(paths, labels))) + warned
-    (content_map, style_map), remark = map_channels(maps, classes, labels)
-    return content_map, style_map, remarks + [remark] * bool(remark)
+    channels, remark = map_channels(maps, classes, labels)
+    return channels, remarks + [remark] * bool(remark)
 
 
 def legend(classes, maps, labels):
@@ -1103,6 +1125,17 @@ def paint(objective, inputs, options, random_seed, journal):
 
 # ---- run -------------------------------------------------------------------------------------------------------------
 
+def paint_maps(inputs, options):
+    """Have the missing maps painted; returns what that needs, as `find_weights` and `open_device` give it."""
+    if options.device == 'cpu':
+        check_memory(inputs.size, inputs.style.shape[1::-1], options)
+    automaps = import_automaps()
+    known = automaps.read_known(options)
+    weights, used = find_weights(options), open_device(options, inputs)
+    automaps.paint_maps(options, *known, weights[0], used == 'cpu')
+    return weights, used
+
+
 def run(arguments):
     """The program, from options to result; returns the exit code."""
     options = parse_options(arguments)
@@ -1113,18 +1146,25 @@ def run(arguments):
     if options.auto_maps:
         import_automaps()                                               # or tell at once that it is not there
     say(bold('Neural Doodle') + ' for semantic style transfer.')
-    inputs, remarks = read_inputs(options)
-    missing = import_automaps().missing_maps(options) if options.auto_maps else {}
-    if options.check:
+    paths, weights, used = map_paths(options), None, None               # before the output finds another place
+    inputs, remarks = read_pictures(options, paths)
+    style_size = inputs.style.shape[1::-1]
+    missing = import_automaps().missing_maps(options) if options.auto_maps else []
+    if missing and options.check:
         remarks += [f'`{path}` is not there: it will be painted.' for path in missing]
+    else:
+        if missing:
+            weights, used = paint_maps(inputs, options)
+        inputs, lines = read_maps(inputs, options, paths)
+        remarks += lines
+    if options.check:
         for line in remarks + plan(inputs, options):
             say(f'  - {line}')
-    style_size = inputs.style.shape[1::-1]
-    if options.device == 'cpu':
+    if options.device == 'cpu' and not used:                            # else it was checked before
         check_memory(inputs.size, style_size, options)
     if options.check:
         return 0
-    weights, remark = find_weights(options)
+    weights, remark = weights or find_weights(options)
     notes = [remark or f'Network {weights.kind} from `{weights.path}`.']
     if set(BALANCE[weights.kind]) != {1}:
         notes.append(f"Losses of {weights.kind} are scaled, layer by layer, to the size of vgg19's, as measured with "
@@ -1139,20 +1179,12 @@ def run(arguments):
     elif options.resume:
         notes.append(f'There is no `{options.checkpoint}` to resume from: starting anew.')
     random_seed = secrets.randbelow(10 ** 9) if random_seed is None else random_seed
-    used, trouble = import_theano(options.device)
-    if trouble:
-        say(bold('WARNING: {} Computing on the CPU instead. FIX: {}.'.format(*trouble.args)))
-        check_memory(inputs.size, style_size, options)
-    say(f'  - Using device {described(used)} for processing the images.')
+    used = used or open_device(options, inputs)
     if used != 'cpu':                                                   # where the engine needs no slices
         style_size = math.ceil(style_size[0] * (1 + 0.05 * options.scales)), style_size[1] * copy_count(options)
         options.slices = options.slices or fitting_slices(
             inputs.size, style_size, options.style_layers, theano.gpuarray.get_context(None).free_gmem)
-    if missing:
-        import_automaps().paint_maps(options, missing, weights, used == 'cpu')
-        content_map, style_map, lines = read_maps(options, map_paths(options), inputs.content, inputs.style)
-        inputs, remarks = inputs._replace(content_map=content_map, style_map=style_map), remarks + lines
-    elif options.auto_maps:
+    if options.auto_maps and not missing:
         remarks.append('Both maps are there: nothing to paint.')
     for line in remarks + notes + [f'Random seed {random_seed}.']:
         say(f'  - {line}')
@@ -1403,7 +1435,7 @@ def find_weights(options):
     weights : Weights
     remark : str or None
     """
-    here = os.path.dirname(os.path.abspath(__file__))
+    here = os.path.dirname(os.path.realpath(__file__))
     path, trouble = options.weights, None
     if not path and options.network != 'vgg16':
         path = next(filter(os.path.exists, (os.path.join(here, 'vgg19_conv.pkl.bz2'), 'vgg19_conv.pkl.bz2')), None)
@@ -1648,6 +1680,18 @@ def described(device):
     with contextlib.suppress(OSError):
         driver = ', driver ' + re.search(r'\d+\.[\d.]+', open('/proc/driver/nvidia/version').read()).group()
     return f'`{device}` ({gpu.devname}, {gpu.total_gmem / 1e9:.1f} GB{driver})'
+
+
+def open_device(options, inputs=None):
+    """Import Theano and open the device asked for, or else the CPU if that has memory for the run of these `inputs`;
+    says and returns which it is."""
+    used, trouble = import_theano(options.device)
+    if trouble:
+        say(bold('WARNING: {} Computing on the CPU instead. FIX: {}.'.format(*trouble.args)))
+        if inputs:
+            check_memory(inputs.size, inputs.style.shape[1::-1], options)
+    say(f'  - Using device {described(used)} for processing the images.')
+    return used
 
 
 def import_theano(device):

@@ -1,6 +1,18 @@
 """Automatic maps: paint the semantic maps of two pictures, in which a colour means the same thing.
 
 Loaded by ``doodle.py --auto-maps=N``.
+
+Each picture is cut into superpixels (SLIC [A12]), which are described by features of VGG at conv4_1 and conv5_1, by
+colours, by their height in the picture, and by geodesic distances to its four borders, which tell what stands in front
+from what lies behind (geodesic saliency [W12]). Features and colours count about their mean in each picture, since
+pictures differ in light and style. The superpixels of both pictures together are cut in two, again and again, at the
+first fork of Ward's tree [W63] of which both pictures have both branches: so every part is in both maps. Where nothing
+is left to cut, parts are cut by their features alone, down to details: eyes from skin. Where one map is painted, a
+superpixel of the other picture is of the class whose three nearest superpixels are nearest.
+
+    [W63]   Ward: Hierarchical Grouping to Optimize an Objective Function. JASA 58
+    [A12]   Achanta, Shaji, Smith, Lucchi, Fua, Suesstrunk: SLIC Superpixels. PAMI 34
+    [W12]   Wei, Wen, Zhu, Sun: Geodesic Saliency Using Background Priors. ECCV 2012
 """
 import os
 
@@ -26,16 +38,14 @@ def preview_path(path):
 
 
 def missing_maps(options):
-    """The pictures whose maps are to be painted, {map's path: picture's path}; UserError where that cannot be done."""
-    if not options.auto_maps:
-        return {}
+    """Where maps are to be painted, a list of paths; UserError where that cannot be done."""
     if not options.content or not options.semantic_weight or not options.semantic_ext.lower().endswith('.png'):
         raise doodle.UserError('--auto-maps needs a content picture, maps that are read, and maps that end in .png.',
                         'add --content, leave out --semantic-weight=0 or --method, or let --semantic-ext end in .png')
-    pictures = dict(zip(doodle.map_paths(options), (options.content, options.style)))
-    if len(pictures) == 1:
+    paths = doodle.map_paths(options)
+    if paths[0] == paths[1]:
         raise doodle.UserError(f'{options.content!r} and {options.style!r} would have one map.', 'rename one of them')
-    missing = {path: picture for path, picture in pictures.items() if not doodle.is_there(path)}
+    missing = [path for path in paths if not doodle.is_there(path)]
     for path in missing:
         doodle.check_folder(os.path.dirname(path) or '.', '--auto-maps', 'copy the picture into a folder of your own')
     return missing
@@ -258,17 +268,21 @@ def automatic_maps(pictures, maps, count, weights, fast):
             for cut, picture in zip(segments, pictures)]
 
 
-def paint_maps(options, missing, weights, fast):
-    """Paint and write the maps that are `missing`, each with a preview, and say so."""
-    paths, targets = (options.content, options.style), doodle.map_paths(options)
-    pictures = [doodle.read_picture(path).pixels for path in paths]
-    maps = []
+def read_known(options):
+    """Both pictures, (H, W, 3) uint8, and their maps in the colours of the classes, or None for one that is missing."""
+    targets, paths = doodle.map_paths(options), (options.content, options.style)
+    pictures, maps = [doodle.read_picture(path).pixels for path in paths], []
     for target, path, picture in zip(targets, paths, pictures):
-        painted = None if target in missing else doodle.classify_maps([target], [(path, picture)])
+        painted = doodle.classify_maps([target], [(path, picture)]) if doodle.is_there(target) else None
         maps.append(painted and np.uint8(painted.classes)[painted.labels[0]])
-    for target, picture, colours in zip(targets, pictures, automatic_maps(
-            pictures, maps, options.auto_maps, weights, fast)):
-        if target in missing:
+    return pictures, maps
+
+
+def paint_maps(options, pictures, maps, weights, fast):
+    """Paint and write those of the `maps` that are None, each with a preview, and say so; see `automatic_maps`."""
+    painted = automatic_maps(pictures, maps, options.auto_maps, weights, fast)
+    for target, picture, known, colours in zip(doodle.map_paths(options), pictures, maps, painted):
+        if known is None:
             written = {target: colours, preview_path(target): np.uint8((picture.astype(int) + colours) // 2)}
             written = {path: pixels for path, pixels in written.items() if not os.path.exists(path)}
             for path, pixels in written.items():

@@ -1,7 +1,10 @@
 """Automatic maps: as good as measured, one meaning to a colour, and nothing of the user's overwritten."""
 import os
+import re
 import shutil
+import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +127,7 @@ def test_missing_maps_are_written_once(doodle, automaps, run, tmp_path, monkeypa
         SAMPLES / 'hopper_sem.png', tmp_path / 'astronaut_sem.png'))
     assert set(completed) <= set(painted)
     monkeypatch.chdir(tmp_path)
-    assert automaps.missing_maps(doodle.parse_options(list(SMALL))) == {}
+    assert automaps.missing_maps(doodle.parse_options(list(SMALL))) == []
 
 
 @pytest.mark.parametrize('arguments, problem', [
@@ -152,3 +155,73 @@ def test_a_folder_that_cannot_be_written_is_refused(doodle, refused, tmp_path, m
     monkeypatch.setattr(doodle.tempfile, 'TemporaryFile', temporary)
     problem, fix = refused('--style=theirs/astronaut.png', '--content=theirs/hopper.png', '--auto-maps=4')
     assert "'theirs' cannot be written: Permission denied" in problem and 'copy the picture' in fix
+
+
+# ---- the file beside the script, and its command ---------------------------------------------------------------------
+
+CHECK = *SMALL, '--check'
+
+
+def python(folder, *command, **environment):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, timeout=600, text=True, capture_output=True,
+                          env=os.environ | environment)
+
+
+def test_the_script_alone_does_all_else_and_names_the_file(tmp_path):
+    copied(tmp_path, *FACES)
+    shutil.copy(ROOT / 'doodle.py', tmp_path)
+    done = python(tmp_path, 'doodle.py', *CHECK, '--auto-maps=0')
+    assert done.returncode == 0 and 'On this CPU about' in done.stdout and not done.stderr
+    done = python(tmp_path, 'doodle.py', *CHECK)
+    path = re.escape(str(tmp_path / 'samples/automaps.py'))
+    assert done.returncode == 2
+    assert re.fullmatch(rf"ERROR: --auto-maps needs '{path}', which is not there\.\n  FIX: copy it .+\n", done.stderr)
+
+
+def test_a_link_to_the_script_finds_what_lies_beside_it(doodle, tmp_path, monkeypatch):
+    copied(tmp_path, *FACES)
+    (tmp_path / 'paint').symlink_to(ROOT / 'doodle.py')
+    done = python(tmp_path, 'paint', *CHECK)
+    assert done.returncode == 0 and done.stdout.count('will be painted') == 2, done.stderr
+    monkeypatch.setattr(doodle, '__file__', str(tmp_path / 'paint'))
+    weights, _ = doodle.find_weights(doodle.parse_options(list(SMALL)))
+    assert weights.path == str(ROOT / 'vgg16.npz')
+
+
+def test_there_is_one_program_however_it_is_started(doodle, automaps, tmp_path):
+    assert automaps.doodle is doodle
+    code = ('import sys\n'
+            f'sys.argv = [{str(ROOT / "doodle.py")!r}, "--style=none.png", "--content=no.png", "--auto-maps=4"]\n'
+            'sys.exit = lambda code: print(sys.modules["doodle"] is sys.modules["__main__"], code)\n'
+            '__file__ = sys.argv[0]\n'
+            'exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"))\n')
+    assert python(tmp_path, '-c', code).stdout.splitlines()[-1] == 'True 2'
+
+
+def test_maps_are_painted_before_they_are_read_and_each_is_read_once(doodle, automaps, tmp_path, monkeypatch):
+    copied(tmp_path, *FACES)
+    monkeypatch.chdir(tmp_path)
+    read, real = Counter(), doodle.decoded
+    monkeypatch.setattr(doodle, 'decoded', lambda path: (read.update([path]), real(path))[1])
+    monkeypatch.setattr(doodle, 'open_device', lambda options, inputs: 'cpu')
+    monkeypatch.setattr(automaps, 'automatic_maps', lambda pictures, maps, count, weights, fast: [
+        np.uint8([[[255, 0, 0], [0, 0, 255]]]).repeat(480, axis=0).repeat(192, axis=1)] * 2)
+
+    def stopped(*arguments):
+        raise doodle.UserError('Stopped.', 'go on')
+    monkeypatch.setattr(doodle, 'Objective', stopped)
+    with pytest.raises(doodle.UserError, match='Stopped'):
+        doodle.run(list(SMALL))
+    assert {path: count for path, count in read.items() if '_sem' in path} == {'astronaut_sem.png': 1,
+                                                                              'hopper_sem.png': 1}
+
+
+def test_a_broken_map_and_too_little_memory_are_told_before_the_network_is_loaded(doodle, refused, tmp_path,
+                                                                                  monkeypatch):
+    copied(tmp_path, *FACES)
+    (tmp_path / 'hopper_sem.png').write_text('broken')
+    monkeypatch.setattr(doodle, 'find_weights', lambda options: pytest.fail('not refused'))
+    assert "'hopper_sem.png' cannot be read" in refused(*SMALL)[0]
+    monkeypatch.setattr(doodle, 'memory_limit', lambda: 5e8)
+    assert 'GB of memory' in refused(*SMALL)[0]
+    assert not (tmp_path / 'astronaut_sem.png').exists()
