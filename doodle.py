@@ -252,7 +252,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors in the program's own form."""
 
     def error(self, message):
-        raise UserError(message, 'see doodle.py --help')
+        raise UserError(message, f'see {self.prog} --help')
 
 
 class Once(argparse.Action):
@@ -1229,13 +1229,18 @@ def run(arguments):
 
 def main(arguments):
     """Run the program; errors become one clear line and an exit code."""
+    return guarded(run, arguments)
+
+
+def guarded(program, arguments):
+    """What `program` returns for its `arguments`, an exit code; errors become one clear line and exit code 2."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))  # None: closed
     handle_signals(interrupt)
     try:
         if sys.version_info[:2] != (3, 11):
             raise UserError(f'This is Python {sys.version_info[0]}.{sys.version_info[1]}, and the program needs 3.11.',
                             'run it with python3.11, in docker, or with uv run')
-        return run(arguments)
+        return program(arguments)
     except UserError as error:
         problem, fix = error.args
     except ImportError as error:

@@ -1,6 +1,11 @@
+#!/usr/bin/env python3
 """Automatic maps: paint the semantic maps of two pictures, in which a colour means the same thing.
 
-Loaded by ``doodle.py --auto-maps=N``.
+    python3 samples/automaps.py ME.jpg YOU.jpg [--parts=6]
+
+paints ``ME_sem.png`` and ``YOU_sem.png``, each with a preview, ``ME_sem_preview.jpg``, to see it over its picture, and
+shows the previews. No file that is there is overwritten: where one of the maps is painted already, the other gets its
+parts and colours. ``doodle.py --auto-maps=6`` does the same before it reads the maps.
 
 Each picture is cut into superpixels (SLIC [A12]), which are described by features of VGG at conv4_1 and conv5_1, by
 colours, by their height in the picture, and by geodesic distances to its four borders, which tell what stands in front
@@ -15,15 +20,18 @@ superpixel of the other picture is of the class whose three nearest superpixels 
     [W12]   Wei, Wen, Zhu, Sun: Geodesic Saliency Using Background Priors. ECCV 2012
 """
 import os
+import sys
 
-import numpy as np
-from PIL import Image
-from scipy import sparse
-from scipy.cluster import hierarchy
-from scipy.sparse import csgraph
-from scipy.spatial import distance
-from skimage import color, segmentation
-
+if __name__ == '__main__':                                              # the command: --help answers before all below
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+else:                                                                   # the module: loaded by doodle.import_automaps
+    import numpy as np
+    from PIL import Image
+    from scipy import sparse
+    from scipy.cluster import hierarchy
+    from scipy.sparse import csgraph
+    from scipy.spatial import distance
+    from skimage import color, segmentation
 import doodle
 
 # What tells parts apart, and its weight: features, colours, the way to the four borders, height in the picture.
@@ -290,3 +298,45 @@ def paint_maps(options, pictures, maps, weights, fast):
             parts = len(np.unique(doodle.colour_codes(colours)))
             doodle.say(f'  - Painted {parts} parts: ' + ', '.join(f'`{path}`' for path in written))
     doodle.say('  - Maps can be mended by hand in a paint program: run again, and they are kept.')
+
+
+# ---- command ---------------------------------------------------------------------------------------------------------
+
+def parse_options(arguments):
+    """The command line as options of doodle.py, of which the names, defaults and meanings are."""
+    parser = doodle.Parser(prog='automaps.py', description='Paint the maps of two pictures that are missing.')
+    parser.add_argument('content', type=doodle.path, metavar='ME', help='a picture')
+    parser.add_argument('style', type=doodle.path, metavar='YOU', help='another, with the same parts')
+    parser.add_argument('--parts', type=doodle.one_of(*range(2, 17)), default='6', metavar='N', dest='auto_maps',
+                        help='number of parts (default: 6)')
+    for flag, kind, default, value, meaning in sum(doodle.OPTIONS.values(), ()):
+        if flag in ('--semantic-ext', '--device', '--network', '--weights'):
+            parser.add_argument(flag, type=kind, default=default, metavar=value,
+                                help=meaning + (f' (default: {default})' if default else ''))
+    chosen = parser.parse_args(arguments)
+    options = doodle.parse_options([f'--content={chosen.content}', f'--style={chosen.style}'])
+    vars(options).update(vars(chosen))
+    return options
+
+
+def run(arguments):
+    """The command: paint the maps that are missing, and show both."""
+    options = parse_options(arguments)
+    doodle.import_pillow()
+    automaps = doodle.import_automaps()                                 # this file as a module
+    if automaps.missing_maps(options):
+        known = automaps.read_known(options)                            # refused before the network is fetched
+        weights, remark = doodle.find_weights(options)
+        doodle.say(f'  - {remark or f"Network {weights.kind} from `{weights.path}`."}')
+        automaps.paint_maps(options, *known, weights, doodle.open_device(options) == 'cpu')
+    else:
+        doodle.say('  - Both maps are there: nothing to paint.')
+    for path in filter(os.path.exists, map(automaps.preview_path, doodle.map_paths(options))):
+        doodle.say(f'  - Preview: `{path}`.')
+        if os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY'):
+            doodle.decoded(path).show()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(doodle.guarded(run, sys.argv[1:]))

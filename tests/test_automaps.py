@@ -225,3 +225,58 @@ def test_a_broken_map_and_too_little_memory_are_told_before_the_network_is_loade
     monkeypatch.setattr(doodle, 'memory_limit', lambda: 5e8)
     assert 'GB of memory' in refused(*SMALL)[0]
     assert not (tmp_path / 'astronaut_sem.png').exists()
+
+
+TOOL = SAMPLES / 'automaps.py'
+
+
+def test_the_command_paints_what_is_missing_and_keeps_the_rest(doodle, tmp_path):
+    copied(tmp_path, *FACES)
+    command = TOOL, *FACES, '--parts=4', '--network=vgg16', '--semantic-ext=_map.png'
+    nobody = dict(DISPLAY='', WAYLAND_DISPLAY='')
+    done = python(tmp_path, *command, **nobody)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    stems = [name.replace('.png', '_map') for name in FACES]
+    maps, previews = [f'{stem}.png' for stem in stems], [f'{stem}_preview.jpg' for stem in stems]
+    assert sorted(os.listdir(tmp_path)) == sorted([*FACES, *maps, *previews])
+    assert all(f'Preview: `{path}`' in done.stdout for path in previews)
+    parts = [np.unique(doodle.colour_codes(doodle.read_picture(str(tmp_path / path)).pixels)) for path in maps]
+    assert len(parts[0]) == 4 and (parts[0] == parts[1]).all()
+
+    before = {path: (tmp_path / path).read_bytes() for path in os.listdir(tmp_path)}
+    done = python(tmp_path, *command, **nobody)
+    assert done.returncode == 0 and 'nothing to paint' in done.stdout and previews[0] in done.stdout
+    assert {path: (tmp_path / path).read_bytes() for path in os.listdir(tmp_path)} == before
+
+
+@pytest.mark.parametrize('display, shown', [({}, 0), ({'DISPLAY': ':0'}, 2), ({'WAYLAND_DISPLAY': 'wayland-0'}, 2)])
+def test_the_command_shows_the_previews_where_there_is_a_display(doodle, tmp_path, monkeypatch, display, shown):
+    for name in FACES:
+        copied(tmp_path, name, name.replace('.png', '_sem.png'))
+        shutil.copy(SAMPLES / name, tmp_path / name.replace('.png', '_sem_preview.jpg'))
+    seen = []
+    for name in ('DISPLAY', 'WAYLAND_DISPLAY'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in display.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(doodle.Image.Image, 'show', lambda image: seen.append(image.size))
+    assert doodle.import_automaps().run([str(tmp_path / name) for name in FACES]) == 0
+    assert len(seen) == shown
+
+
+@pytest.mark.parametrize('arguments, problem', [
+    ([], 'ME, YOU'), (['a.png', 'b.png', '--parts=1'], '--parts'), (['a.png', 'b.png'], "'a.png' is not there"),
+    (['a.png', 'a.jpg'], 'would have one map'), (['a.png', 'b.png', '--semantic-ext=.jpg'], 'end in .png'),
+    (['a.png', 'b.png', '--max-size=9'], '--max-size')])
+def test_mistakes_at_the_command_are_told_as_by_the_program(tmp_path, arguments, problem):
+    done = python(tmp_path, TOOL, *arguments)
+    assert done.returncode == 2 and not done.stdout and not os.listdir(tmp_path)
+    assert re.fullmatch(r'ERROR: (.+)\n  FIX: (.+)\n', done.stderr) and problem in done.stderr
+
+
+def test_help_of_the_command_needs_no_packages(tmp_path):
+    for name in ('numpy', 'PIL', 'scipy', 'skimage'):
+        (tmp_path / f'{name}.py').write_text('raise ImportError("not for --help")')
+    done = python(tmp_path, TOOL, '--help', PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0 and '--parts' in done.stdout and not done.stderr
+    assert 'not for --help' in python(tmp_path, TOOL, 'a.png', 'b.png', PYTHONPATH=str(tmp_path)).stderr
