@@ -63,7 +63,8 @@ RUN printf '%s\n' '#!/bin/sh -eu' \
  && mkdir -m 1777 /nd \
  && mkdir -m 777 /opt/doodle/cache /opt/doodle/weights
 COPY LICENSE vgg16.npz doodle.py /opt/doodle/
-COPY samples /nd/samples
+COPY samples/automaps.py /opt/doodle/samples/
+COPY samples/*.png /nd/samples/
 WORKDIR /nd
 # One evaluation of each kind of run compiles all that it needs, for this build's processor; Theano tells it by its flags
 # and compiles anew on another. The first run also fetches and checks VGG19. Every user may write: the caller's id can be

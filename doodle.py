@@ -48,9 +48,10 @@ import ctypes
 import dataclasses
 import fcntl
 import fnmatch
+import functools
 import hashlib
 import http.client
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -258,7 +259,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors in the program's own form."""
 
     def error(self, message):
-        raise UserError(message, 'see doodle.py --help')
+        raise UserError(message, f'see {self.prog} --help')
 
 
 class Once(argparse.Action):
@@ -330,7 +331,14 @@ Inputs = namedtuple('Inputs', 'content content_map style style_map seed size sty
 
 
 def read_inputs(options):
-    """Read and check all that a run needs, before anything slow begins.
+    """Pictures and maps, as `read_pictures` and `read_maps` give them one after the other: inputs and remarks."""
+    inputs, remarks = read_pictures(options)
+    inputs, lines = read_maps(inputs, options)
+    return inputs, remarks + lines
+
+
+def read_pictures(options):
+    """Read and check the pictures of a run.
 
     Parameters
     ----------
@@ -339,6 +347,7 @@ def read_inputs(options):
     Returns
     -------
     inputs : Inputs
+        Without maps. Without a content picture its size is that of a texture; a doodle's map is yet to tell it.
     remarks : list of str
         What was loaded, a line each.
 
@@ -347,74 +356,77 @@ def read_inputs(options):
     UserError
         Whatever is missing, broken, or does not fit together.
     """
-    remarks, seed_path = [], None if options.seed in ('noise', 'content') else options.seed
-    maps = map_paths(options)                                           # before the output finds another place
-    previews = map(preview_path, maps) if options.auto_maps else ()
-    check_written(options, place_output(options), [options.content, options.style, seed_path, *maps, *previews, options.weights])
-    for flag, path in (('--frames', options.frames if options.save_every else None), ('--log', options.log)):
-        if path and mounts() is not None and not mount_of(path):
-            remarks.append(bold(f'WARNING: {flag} {path!r} is on no mounted folder, and is lost with the container. '
-                                f'FIX: -v "$PWD:/nd", or another {flag}.'))
-
-    content = seed = content_map = style_map = None
+    content, seed, remarks = None, None, []
     if options.content:
         content, _, lines = read_picture(options.content)
         content = limited(content, options.max_size, Image.LANCZOS)
         remarks += [f'Loading `{options.content}` for content data.', *lines]
+    elif options.seed == 'content':
+        raise UserError('--seed=content needs a content picture.', 'add --content, or use --seed=noise')
     style, style_alpha, lines = read_picture(options.style)
     style = limited(style, options.max_size, Image.LANCZOS)
     remarks += [f'Loading `{options.style}` for style data.', *lines]
     if style_alpha is not None:
         style_alpha = limited(style_alpha[:, :, None], options.max_size, Image.BOX)         # (h, w, 1)
         style_alpha = None if style_alpha.all() else style_alpha
-
-    if not missing_maps(options):                                       # else they are painted and read later
-        content_map, style_map, lines = read_maps(options, maps, content, style)
-        remarks += lines
     if options.rotations or options.scales:
         count = copy_count(options)
         remarks.append(f'{count} copies of the style picture, so matching takes some {count} times as long; '
                        'fewer by --rotations and --scales.')
-
-    shape = content if content is not None else content_map
-    if options.output_size and shape is not None:
-        raise UserError('--output-size is for texture synthesis; here the content or its map gives the size.',
-                        'leave --output-size out')
-    if options.seed == 'content' and content is None:
-        raise UserError('--seed=content needs a content picture.', 'add --content, or use --seed=noise')
-    if seed_path:
-        seed, _, lines = read_picture(seed_path)
+    if options.seed not in ('noise', 'content'):
+        seed, _, lines = read_picture(options.seed)
         remarks += lines
     if content is None:
         remarks.append('No content picture: the result depends on style, map and seed only.')
-    size = options.output_size or (style if shape is None else shape).shape[1::-1]
+    size = options.output_size or (style if content is None else content).shape[1::-1]
+    inputs = Inputs(content, None, style, None, seed, size, style_alpha)
+    if content is not None:
+        check_sizes(inputs, options)
+    return inputs, remarks
 
+
+def read_maps(inputs, options):
+    """Read the maps, where they are wanted and there: `inputs` with them, and remarks."""
+    (content_map, style_map), remarks = map_pair(inputs, options)
+    inputs = inputs._replace(content_map=content_map, style_map=style_map)
+    if inputs.content is None:
+        if content_map is not None:                                     # of a doodle, which is of the same size
+            inputs = inputs._replace(size=content_map.shape[1::-1])
+        check_sizes(inputs, options)
+    return inputs, remarks
+
+
+def check_sizes(inputs, options):
+    """Refuse pictures that are too small for the layers, and a style that is transparent as far as a layer sees."""
+    if options.output_size and (inputs.content is not None or inputs.content_map is not None):
+        raise UserError('--output-size is for texture synthesis; here the content or its map gives the size.',
+                        'leave --output-size out')
     # A layer whose patches are matched needs one of 3x3, any other one pixel, in the smallest phase.
-    patched = [] if options.method == 'gatys' else options.style_layers
-    least, layer = max((stride(layer) * (3 if layer in patched else 1), layer)
-                       for layer in options.style_layers + (options.content_layers if content is not None else []))
-    for name, (width, height) in (('result', size), ('style picture', style.shape[1::-1])):
+    patched, style_size = options.style_layers if style_term(options).patched else [], inputs.style.shape[1::-1]
+    least, layer = max((stride(layer) * (3 if layer in patched else 1), layer) for layer in
+                       options.style_layers + (options.content_layers if inputs.content is not None else []))
+    for name, (width, height) in (('result', inputs.size), ('style picture', style_size)):
         if min(phase_size((width, height), 0, options.phases)) < least:
             fits = int(math.log2(max(1, min(width, height) / least))) + 1
             raise UserError(f'The {name}, {width}x{height}, is too small for conv{layer} in the first of '
                             f'{options.phases} phases, where its sides must be {least} or more.',
                             f'--phases={fits}' if min(width, height) >= least else 'use a larger picture')
-    for phase, layer in itertools.product(range(options.phases), () if style_alpha is None else options.style_layers):
-        if not pooled_map(style_alpha, phase_size(style.shape[1::-1], phase, options.phases), layer).any():
+    cut_out = () if inputs.style_alpha is None else options.style_layers
+    for phase, layer in itertools.product(range(options.phases), cut_out):
+        if not pooled_map(inputs.style_alpha, phase_size(style_size, phase, options.phases), layer).any():
             raise UserError(f'All of {options.style!r} is transparent, as conv{layer} sees it in phase {phase}.',
                             'use a style picture that shows something')
-    return Inputs(content, content_map, style, style_map, seed, size, style_alpha), remarks
 
 
-def read_maps(options, paths, content, style):
-    """The maps at `paths` of both pictures, (H, W, K) uint8 arrays, or None where none are wanted; and remarks."""
-    if options.method != 'champandard':
-        return None, None, [f'Method {options.method}, which reads no semantic maps.']
-    pictures = {'content': (options.content, content), 'style': (options.style, style)}
-    paths = dict(zip(pictures, paths))
+def map_pair(inputs, options):
+    """The maps of both pictures, (H, W, K) uint8 arrays, or None where none are wanted; and remarks."""
+    if METHODS[options.method][1].get('semantic_weight', 0) is None:
+        return (None, None), [f'Method {options.method}, which reads no semantic maps.']
+    pictures = {'content': (options.content, inputs.content), 'style': (options.style, inputs.style)}
+    paths = dict(zip(pictures, map_paths(options)))
     found = [name for name in paths if options.semantic_weight and is_there(paths[name])]
     if not found:
-        return None, None, ['No semantic maps: patches are matched by their features alone.']
+        return (None, None), ['No semantic maps: patches are matched by their features alone.']
     if len(found) == 1:
         missing = paths['style' if found == ['content'] else 'content']
         raise UserError(f'{paths[found[0]]!r} is a map, but {missing!r} is not there.', 'paint that map too, ' +
@@ -429,8 +441,8 @@ def read_maps(options, paths, content, style):
         unread = ', '.join(f'`{other}`' for other in other_endings(path, pictures[name][0] or ''))
         remarks.append(f'Adding `{path}` as semantic map' + (f', and not {unread}.' if unread else '.'))
     remarks += legend(classes, dict(zip(paths, maps)), dict(zip(paths, labels))) + warned
-    (content_map, style_map), remark = map_channels(maps, classes, labels)
-    return content_map, style_map, remarks + [remark] * bool(remark)
+    channels, remark = map_channels(maps, classes, labels)
+    return channels, remarks + [remark] * bool(remark)
 
 
 def legend(classes, maps, labels):
@@ -1179,7 +1191,7 @@ class Minimiser:
         n = self.x.size
         bounds = np.zeros(n), np.full(n, 255.), np.full(n, 2, 'i4')     # 2: a pixel has both
         while True:
-            # Without tolerances (0., 0.) it never ends by itself; a line search has 20 evaluations at most, as in SciPy.
+            # Without tolerances (0., 0.) it never ends by itself; a line search has 20 evaluations at most.
             lbfgsb.setulb(self.CORRECTIONS, self.x, *bounds, self.loss, self.gradient, 0., 0., self.work, self.indices,
                           self.task, self.logicals, self.integers, self.doubles, 20, self.line_task)
             if self.task[0] == self.EVALUATE:
@@ -1330,64 +1342,58 @@ def evaluate(objective, at, journal, signals):
 def run(arguments):
     """The program, from options to result; returns the exit code."""
     options = parse_options(arguments)
-    os.environ.setdefault('OMP_NUM_THREADS', str(allowed_cores()))      # NumPy's BLAS reads it when it is imported
-    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')                 # a thread that waits leaves its core to others
-    return_freed_memory()
+    prepare_process()
     import_pillow()
-    if options.auto_maps:
-        import_skimage()                                                # or tell at once that it is not there
     say(bold('Neural Doodle') + ' for semantic style transfer.')
-    inputs, remarks = read_inputs(options)
-    missing = missing_maps(options)
-    if options.check:
+    places = place_output(options)
+    remarks, network, device = check_files(options, places), None, None
+    inputs, lines = read_pictures(options)
+    remarks += lines
+    missing = import_automaps().missing_maps(options) if options.auto_maps else []
+    if missing and options.check:
         remarks += [f'`{path}` is not there: it will be painted.' for path in missing]
+    else:
+        if missing:
+            network, device = paint_maps(inputs, options)
+        inputs, lines = read_maps(inputs, options)
+        remarks += lines
+    if options.check:
         for line in remarks + plan(inputs, options):
             say(f'  - {line}')
-    style_size = inputs.style.shape[1::-1]
-    if options.device == 'cpu':
-        check_memory(inputs.size, style_size, options)
+    if options.device == 'cpu' and not device:                          # else it was checked before
+        check_memory(inputs, options)
     if options.check:
         return 0
-    weights, remark = find_weights(options)
-    notes = [remark or f'Network {weights.kind} from `{weights.path}`.']
-    if set(BALANCE[weights.kind]) != {1}:
-        notes.append(f"Losses of {weights.kind} are scaled, layer by layer, to the size of vgg19's, as measured with "
-                     "Oxford's weights.")
-    random_seed, at, places = options.random_seed, None, place_output(options)
-    if os.path.exists(places.checkpoint):
-        if options.resume:
-            at = read_checkpoint(places.checkpoint, provenance(inputs, weights, options, random_seed))
-            random_seed = at.header['random_seed']
-        else:
-            notes.append(f'`{places.checkpoint}` of a run that did not end will be replaced; --resume would go on.')
-    elif options.resume:
-        notes.append(f'There is no `{places.checkpoint}` to resume from: starting anew.')
-    random_seed = secrets.randbelow(10 ** 9) if random_seed is None else random_seed
-    used, trouble = import_theano(options.device)
-    if trouble:
-        say(bold('WARNING: {} Computing on the CPU instead. FIX: {}.'.format(*trouble.args)))
-        check_memory(inputs.size, style_size, options)
-    say(f'  - Using device {described(used)} for processing the images.')
-    if used != 'cpu':                                                   # where the engine needs no slices
-        style_size = math.ceil(style_size[0] * (1 + 0.05 * options.scales)), style_size[1] * copy_count(options)
-        options.slices = options.slices or fitting_slices(
-            inputs.size, style_size, options.style_layers, theano.gpuarray.get_context(None).free_gmem)
-    if missing:
-        paint_maps(options, missing, weights, used == 'cpu')
-        content_map, style_map, lines = read_maps(options, map_paths(options), inputs.content, inputs.style)
-        inputs, remarks = inputs._replace(content_map=content_map, style_map=style_map), remarks + lines
-    elif options.auto_maps:
+    if options.auto_maps and not missing:
         remarks.append('Both maps are there: nothing to paint.')
-    for line in remarks + notes + [f'Random seed {random_seed}.']:
+    weights, lines = network or find_weights(options)
+    remarks += lines
+    at, lines = find_checkpoint(places.checkpoint, provenance(inputs, weights, options), options.resume)
+    device = device or open_device(options, inputs)
+    for line in remarks + lines + [f'Random seed {at.header["random_seed"]}.']:
         say(f'  - {line}')
     say('  - Compiling, which takes a minute the first time..')
-    objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, used == 'cpu',
-                          inputs.style_alpha is not None)
-    header = dict(provenance(inputs, weights, options, random_seed), device=used)
-    at = dataclasses.replace(at, header=header) if at else Checkpoint(header)
-    journal = Journal(options, places, inputs.size, at)
-    del weights                                                         # the network has its own
-    start = time.time()
+    at.header |= dict(device=device, slices=choose_slices(inputs, options, device))
+    objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, device == 'cpu',
+                          inputs.style_alpha is not None, at.header['slices'])
+    del weights, network                                                # the objective has its own
+    return paint_and_save(objective, inputs, options, at, Journal(options, places, inputs.size, at))
+
+
+def paint_maps(inputs, options):
+    """Have the missing maps painted; returns what that needs, as `find_weights` and `open_device` give it."""
+    if options.device == 'cpu':
+        check_memory(inputs, options)
+    automaps = import_automaps()
+    known = automaps.read_known(options)
+    network, device = find_weights(options), open_device(options, inputs)
+    automaps.paint_maps(options, *known, network[0], device == 'cpu')
+    return network, device
+
+
+def paint_and_save(objective, inputs, options, at, journal):
+    """Paint, and save what there is however that ends; returns the exit code."""
+    start, device, places = time.time(), at.header['device'], journal.places
     try:
         with contextlib.closing(journal.bar), Signals() as signals:
             if at.number:
@@ -1398,7 +1404,7 @@ def run(arguments):
         if journal.save(at):
             saved = f'the image so far is in {kept(journal.places)}; --resume goes on from there'
         journal.keep_now(at)
-        say(f'\n{bold("Interrupted")} after {at.number} evaluations on device `{used}`: {saved}.')
+        say(f'\n{bold("Interrupted")} after {at.number} evaluations on device `{device}`: {saved}.')
         return 128 + interruption.args[0]
     except FloatingPointError:
         saved = f'the last good image is in {kept(journal.places)}' if journal.save(at) else 'nothing was saved'
@@ -1413,19 +1419,24 @@ def run(arguments):
     with contextlib.suppress(OSError):
         os.unlink(places.checkpoint)
     say(f'\n{bold("Optimization finished")} in {time.time() - start:.1f}s, average pixel error {at.error:.1f}, '
-        f'on device `{used}`: {kept(journal.places)}.')
+        f'on device `{device}`: {kept(journal.places)}.')
     return 0
 
 
 def main(arguments):
     """Run the program; errors become one clear line and an exit code."""
+    return guarded(run, arguments)
+
+
+def guarded(program, arguments):
+    """What `program` returns for its `arguments`, an exit code; errors become one clear line and exit code 2."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))  # None: closed
     handle_signals(interrupt)
     try:
         if sys.version_info[:2] != (3, 11):
             raise UserError(f'This is Python {sys.version_info[0]}.{sys.version_info[1]}, and the program needs 3.11.',
                             'run it with python3.11, in docker, or with uv run')
-        return run(arguments)
+        return program(arguments)
     except UserError as error:
         problem, fix = error.args
     except ImportError as error:
@@ -1442,281 +1453,6 @@ def main(arguments):
         return 128 + interruption.args[0]
     print(f'ERROR: {problem}\n  FIX: {fix}.', file=sys.stderr)
     return 2
-
-
-# ---- automatic maps --------------------------------------------------------------------------------------------------
-
-# What tells parts apart, and its weight: features, colours, the way to the four borders, height in the picture.
-MAP_WEIGHTS = {'4_1': 0.5, '5_1': 0.7, 'colour': 0.3, 'borders': 1.0, 'height': 0.5}
-MAP_SIDE, MAP_SEGMENTS = 384, 600                                     # longest side, superpixels
-MAP_LEAST = 0.03, 0.002                                               # of both pictures: a main part, a detail
-
-
-def import_skimage():
-    """What automatic maps need, and nothing else does."""
-    global color, csgraph, distance, hierarchy, segmentation, sparse
-    from scipy import sparse
-    from scipy.cluster import hierarchy
-    from scipy.sparse import csgraph
-    from scipy.spatial import distance
-    from skimage import color, segmentation
-
-
-def preview_path(path):
-    """``dir/name_sem.png`` -> ``dir/name_sem_preview.jpg``."""
-    return os.path.splitext(path)[0] + '_preview.jpg'
-
-
-def missing_maps(options):
-    """The pictures whose maps are to be painted, {map's path: picture's path}; UserError where that cannot be done."""
-    if not options.auto_maps:
-        return {}
-    if not options.content or not options.semantic_weight or not options.semantic_ext.lower().endswith('.png'):
-        raise UserError('--auto-maps needs a content picture, maps that are read, and maps that end in .png.',
-                        'add --content, leave out --semantic-weight=0 or --method, or let --semantic-ext end in .png')
-    pictures = dict(zip(map_paths(options), (options.content, options.style)))
-    if len(pictures) == 1:
-        raise UserError(f'{options.content!r} and {options.style!r} would have one map.', 'rename one of them')
-    missing = {path: picture for path, picture in pictures.items() if not is_there(path)}
-    for path in missing:
-        check_folder(os.path.dirname(path) or '.', '--auto-maps', 'copy the picture into a folder of your own')
-    return missing
-
-
-def map_colours(count):
-    """(count, 3) uint8: of the colours with a channel at 255 and the others at 0, 128 or 255, each the one whose
-    direction is farthest from those before."""
-    colours = np.array([colour for colour in np.ndindex(3, 3, 3) if max(colour) == 2]) * 127.5
-    directions = colours / np.linalg.norm(colours, axis=1, keepdims=True)
-    chosen = [1]                                                        # (0, 0, 255)
-    while len(chosen) < count:
-        chosen.append((directions @ directions[chosen].T).max(axis=1).argmin())
-    return np.uint8(colours[chosen] + .5)
-
-
-def scaled(X):
-    """`X` (n, d) about its mean, with vectors of length one on average (root mean square)."""
-    X = X - X.mean(axis=0)
-    return X / max(np.sqrt((X ** 2).sum(axis=1).mean()), 1e-12)
-
-
-def segment_means(segments, values):
-    """Means of `values` (h, w, C), brought to the size of `segments` (H, W), over each of the segments, (n, C)."""
-    count, segments = segments.max() + 1, segments[::2, ::2]            # every other pixel tells enough
-    values = resized(np.float32(values), segments.shape[::-1], Image.BILINEAR).reshape(segments.size, -1)
-    cover = sparse.csr_matrix((np.ones(segments.size), (segments.ravel(), np.arange(segments.size))),
-                              (count, segments.size))
-    return cover @ values / np.maximum(cover.sum(axis=1).A, 1)
-
-
-def border_ways(segments, X):
-    """How much changes on the best way from each segment to the four borders, (n, 4): geodesic distances.
-
-    A step between neighbours costs what it is above 0.7 of the median: within a part there is nothing to pay, however
-    long the way. The idea is from geodesic saliency, Wei, Wen, Zhu, Sun (2012).
-
-    Parameters
-    ----------
-    segments : (H, W) int array
-    X : (n, d) array
-    """
-    pairs = [np.stack([a.ravel(), b.ravel()]) for a, b in ((segments[1:], segments[:-1]),
-                                                           (segments[:, 1:], segments[:, :-1]))]
-    a, b = np.unique(np.sort(np.concatenate(pairs, axis=1), axis=0), axis=1)
-    a, b = a[a != b], b[a != b]
-    steps = np.linalg.norm(X[a] - X[b], axis=1)
-    steps = np.maximum(steps / max(np.median(steps), 1e-12) - 0.7, 1e-3)
-    graph = sparse.csr_matrix((steps, (a, b)), shape=(len(X), len(X)))
-    borders = segments[0], segments[-1], segments[:, 0], segments[:, -1]
-    ways = np.stack([csgraph.dijkstra(graph, directed=False, indices=np.unique(border), min_only=True)
-                     for border in borders], axis=1)
-    return ways / ways.mean()
-
-
-def describe(pictures, weights, fast):
-    """Both pictures cut into superpixels, and what is known of each.
-
-    Features and colours are taken about their mean in each picture, since pictures differ in light and style.
-
-    Parameters
-    ----------
-    pictures : list of two (H, W, 3) uint8 arrays
-    weights : Weights
-    fast : bool
-        With the engine.
-
-    Returns
-    -------
-    segments : list of two (h, w) int arrays
-        Superpixels by SLIC, Achanta et al. (2012), numbered on through both pictures.
-    X : (n, d) array
-        All that `MAP_WEIGHTS` names.
-    f : (n, e) array
-        The network's part of it: 32 principal components of each layer.
-    """
-    names = [name for name in weights.layers if name in MAP_WEIGHTS] or list(weights.layers)[-1:]
-    x = T.tensor3('x')
-    network = theano.function([x], list(features(build_network(weights, names, fast), x, names).values()))
-    segments, known = [], []
-    for picture in pictures:
-        scale = MAP_SIDE / max(picture.shape)
-        small = resized(picture, [max(16, round(side * scale)) for side in picture.shape[1::-1]], Image.LANCZOS)
-        cut = segmentation.slic(small, n_segments=MAP_SEGMENTS, compactness=10, sigma=0.5, start_label=0)
-        height = np.linspace(-1, 1, len(cut))[:, None, None].repeat(cut.shape[1], axis=1)
-        lab = segment_means(cut, color.rgb2lab(small))
-        layers = [segment_means(cut, f / np.maximum(np.linalg.norm(f, axis=2, keepdims=True), 1e-6))
-                  for f in network(np.float32(planes(small)))]
-        known.append([X - X.mean(axis=0) for X in (lab / np.maximum(lab.std(axis=0), 1e-6), *layers)] +
-                     [segment_means(cut, height)])
-        segments.append(cut)
-    split = segments[0].max() + 1
-    colours, *layers, height = map(np.concatenate, zip(*known))
-    layers = [scaled(f @ np.linalg.eigh(f.T @ f)[1][:, -32:]) for f in layers]
-    f = np.hstack([MAP_WEIGHTS.get(name, 1) * layer for name, layer in zip(names, layers)])
-    ways = map(border_ways, segments, np.split(np.hstack([f, scaled(colours)]), [split]))
-    X = np.hstack([f, MAP_WEIGHTS['colour'] * scaled(colours), MAP_WEIGHTS['height'] * height * np.sqrt(3),
-                   MAP_WEIGHTS['borders'] * scaled(np.concatenate(list(ways)))])
-    return [segments[0], segments[1] + split], X, f
-
-
-def shared_split(X, shares, least):
-    """Cut a part in two, each of which both pictures have.
-
-    Goes down Ward's tree to the first such fork; branches that only one picture has go with the nearer of the two.
-
-    Parameters
-    ----------
-    X : (n, d) array
-    shares : (n, 2) array
-        Each superpixel's share of the first and of the second picture.
-    least : float
-        Share of each picture that a half must have.
-
-    Returns
-    -------
-    gain : float
-        By how much the cut lowers the sum of squares; 0 where there is none.
-    side : (n,) bool array
-    """
-    n, left, side = len(X), [], np.zeros(len(X), dtype=bool)
-    if n < 4:
-        return 0, side
-    tree, nodes = hierarchy.to_tree(hierarchy.ward(X), rd=True)
-    both = [shares[node.pre_order()].sum(axis=0).min() >= least for node in nodes]
-    while not tree.is_leaf():
-        children = sorted((tree.left, tree.right), key=lambda node: both[node.id])
-        if both[children[0].id]:
-            halves = [child.pre_order() for child in children]
-            centres = [X[half].mean(axis=0) for half in halves]
-            side[halves[1]] = True
-            for branch in left:
-                a, b = (np.linalg.norm(X[branch].mean(axis=0) - centre) for centre in centres)
-                side[branch] = b < a
-            return tree.dist ** 2 / 2, side
-        left.append(children[0].pre_order())
-        tree = children[1]
-    return 0, side
-
-
-def joint_parts(X, f, shares, count):
-    """Part of each superpixel, 0 .. count - 1, by cutting again and again what both pictures have.
-
-    First the part whose cut lowers the sum of squares the most, by all that is known. When no part can be cut any more
-    the most detailed one is, by its features alone and about their mean in each picture: eyes from skin.
-
-    Parameters
-    ----------
-    X, f, shares : arrays
-        As from `describe` and for `shared_split`.
-    count : int
-
-    Returns
-    -------
-    (n,) int array
-        With fewer parts where there is nothing left to cut.
-    """
-    parts, cuts = np.zeros(len(X), dtype=int), [None]
-    for detailed in (False, True):
-        def split(k):
-            part = np.flatnonzero(parts == k)
-            Y, images = (f if detailed else X)[part].copy(), shares[part] > 0
-            for image in images.T if detailed else ():
-                Y[image] -= Y[image].mean(axis=0)
-            gain, side = shared_split(Y, shares[part], MAP_LEAST[detailed])
-            return gain / (len(part) if detailed else 1), part[side]
-        cuts = [split(k) for k in range(len(cuts))]
-        while len(cuts) < count and max(gain for gain, _ in cuts):
-            k = max(range(len(cuts)), key=lambda k: cuts[k][0])
-            parts[cuts[k][1]] = len(cuts)
-            cuts[k] = split(k)
-            cuts.append(split(len(cuts)))
-    return parts
-
-
-def painted_parts(segments, X, painted, k):
-    """Parts of the superpixels as in a painted map (H, W, 3) of picture `k`, and the colours of these parts.
-
-    A superpixel is of the class whose three nearest examples are nearest.
-    """
-    colours, nearest = np.unique(colour_codes(resized(painted, segments[k].shape[::-1], Image.NEAREST)),
-                                 return_inverse=True)
-    colours, nearest = code_colours(colours), nearest.reshape(segments[k].shape)            # (K, 3), (h, w)
-    own = np.unique(segments[k])
-    cover = segment_means(segments[k] - own[0], np.eye(len(colours))[nearest])              # (n, K)
-    classes = cover.argmax(axis=1)
-    best, seen = cover.argmax(axis=0), cover.any(axis=0)                # the smallest have an example, too, where
-    classes[best[seen]] = np.flatnonzero(seen)                          # no other of them has the same
-    used = np.unique(classes)
-    distances = [np.sort(distance.cdist(X, X[own][classes == c]), axis=1)[:, :3].mean(axis=1) for c in used]
-    return used[np.argmin(distances, axis=0)], np.uint8(colours)
-
-
-def automatic_maps(pictures, maps, count, weights, fast):
-    """Maps of two pictures in which a colour means the same thing.
-
-    Parameters
-    ----------
-    pictures : list of two (H, W, 3) uint8 arrays
-    maps : list of two (H, W, 3) uint8 arrays or None
-        A painted map gives its parts and colours to the other picture; without any, `count` parts are found.
-    count : int
-    weights : Weights
-    fast : bool
-        With the engine, which is for the CPU.
-
-    Returns
-    -------
-    list of two (H, W, 3) uint8 arrays
-    """
-    segments, X, f = describe(pictures, weights, fast)
-    if maps[0] is None and maps[1] is None:
-        shares = np.stack([np.bincount(cut.ravel(), minlength=len(X)) / cut.size for cut in segments], axis=1)
-        parts, colours = joint_parts(X, f, shares, count), map_colours(count)
-    else:
-        k = int(maps[0] is None)
-        parts, colours = painted_parts(segments, X, maps[k], k)
-    return [resized(colours[parts[cut]], picture.shape[1::-1], Image.NEAREST)
-            for cut, picture in zip(segments, pictures)]
-
-
-def paint_maps(options, missing, weights, fast):
-    """Paint and write the maps that are `missing`, each with a preview, and say so."""
-    paths, targets = (options.content, options.style), map_paths(options)
-    pictures = [read_picture(path).pixels for path in paths]
-    maps = []
-    for target, path, picture in zip(targets, paths, pictures):
-        painted = None if target in missing else classify_maps([target], [(path, picture)])
-        maps.append(painted and np.uint8(painted.classes)[painted.labels[0]])
-    for target, picture, colours in zip(targets, pictures, automatic_maps(
-            pictures, maps, options.auto_maps, weights, fast)):
-        if target in missing:
-            written = {target: colours, preview_path(target): np.uint8((picture.astype(int) + colours) // 2)}
-            written = {path: pixels for path, pixels in written.items() if not os.path.exists(path)}
-            for path, pixels in written.items():
-                write_picture(pixels, path)
-            parts = len(np.unique(colour_codes(colours)))
-            say(f'  - Painted {parts} parts: ' + ', '.join(f'`{path}`' for path in written))
-    say('  - Maps can be mended by hand in a paint program: run again, and they are kept.')
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -1898,9 +1634,9 @@ def find_weights(options):
     Returns
     -------
     weights : Weights
-    remark : str or None
+    remarks : list of str
     """
-    here = os.path.dirname(os.path.abspath(__file__))
+    here = os.path.dirname(os.path.realpath(__file__))
     path, trouble = options.weights, None
     if not path and options.network != 'vgg16':
         path = next(filter(os.path.exists, (os.path.join(here, 'vgg19_conv.pkl.bz2'), 'vgg19_conv.pkl.bz2')), None)
@@ -1920,7 +1656,11 @@ def find_weights(options):
                             'choose other layers, or a larger network with --weights')
     if trouble:
         remark = bold(f'WARNING: {trouble}: using the bundled VGG16. FIX: --weights PATH, or --network=vgg16.')
-    return weights, remark
+    remarks = [remark or f'Network {weights.kind} from `{weights.path}`.']
+    if set(BALANCE[weights.kind]) != {1}:
+        remarks.append(f"Losses of {weights.kind} are scaled, layer by layer, to the size of vgg19's, as measured with "
+                       "Oxford's weights.")
+    return weights, remarks
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------
@@ -1965,8 +1705,10 @@ def memory_needed(size, style_size, options):
     return max(570e6, 430e6 + painting)                                 # at first for the weights and their compilation
 
 
-def check_memory(size, style_size, options):
+def check_memory(inputs, options):
     """Refuse a run that would not fit, with the size that would."""
+    size, style_size = inputs.size, inputs.style.shape[1::-1]
+
     def sizes(longest):
         shrunk = [[math.ceil(side * min(1, longest / max(size))) for side in size] for size in (size, style_size)]
         return (shrunk[0], style_size) if options.output_size else shrunk
@@ -2035,6 +1777,15 @@ def fitting_slices(image, style, layers, memory):
     return max(needed)
 
 
+def choose_slices(inputs, options, device):
+    """Batches of matching: as asked for, or by the free memory of a GPU; the engine has none."""
+    if options.slices or device == 'cpu':
+        return options.slices or 1
+    width, height = inputs.style.shape[1::-1]                           # of the sheet of all copies:
+    style_size = math.ceil(width * (1 + 0.05 * options.scales)), height * copy_count(options)
+    return fitting_slices(inputs.size, style_size, options.style_layers, theano.gpuarray.get_context(None).free_gmem)
+
+
 def check_compiler():
     """Theano compiles C: without a compiler it would run, a hundred times slower, without a word."""
     if not shutil.which('g++') and 'cxx=' not in os.environ.get('THEANO_FLAGS', ''):
@@ -2065,6 +1816,13 @@ class NoProps(tuple):
 
     def __reduce__(self):
         return tuple, ()
+
+
+def prepare_process():
+    """What must be set before NumPy is imported: its BLAS reads the number of threads then."""
+    os.environ.setdefault('OMP_NUM_THREADS', str(allowed_cores()))
+    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')                 # a thread that waits leaves its core to others
+    return_freed_memory()
 
 
 def return_freed_memory():
@@ -2145,6 +1903,18 @@ def described(device):
     with contextlib.suppress(OSError):
         driver = ', driver ' + re.search(r'\d+\.[\d.]+', open('/proc/driver/nvidia/version').read()).group()
     return f'`{device}` ({gpu.devname}, {gpu.total_gmem / 1e9:.1f} GB{driver})'
+
+
+def open_device(options, inputs=None):
+    """Import Theano and open the device asked for, or else the CPU if that has memory for the run of these `inputs`;
+    says and returns which it is."""
+    used, trouble = import_theano(options.device)
+    if trouble:
+        say(bold('WARNING: {} Computing on the CPU instead. FIX: {}.'.format(*trouble.args)))
+        if inputs:
+            check_memory(inputs, options)
+    say(f'  - Using device {described(used)} for processing the images.')
+    return used
 
 
 def import_theano(device):
@@ -3058,6 +2828,20 @@ def classify_maps(paths, pictures, longest=None):
     return Classified(classes, maps, labels, [bold(f'WARNING: {text}.') for text in filter(None, warned)])
 
 
+@functools.cache
+def import_automaps():
+    """``samples/automaps.py`` beside the script, as a module that imports this very one."""
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'samples', 'automaps.py')
+    if not os.path.isfile(path):
+        raise UserError(f'--auto-maps needs {path!r}, which is not there.',
+                        'copy it there from where the script is from, or leave --auto-maps out')
+    sys.modules['doodle'] = sys.modules[__name__]                       # not a second copy beside __main__
+    spec = importlib.util.spec_from_file_location('automaps', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 # ---- files: what a run writes ----------------------------------------------------------------------------------------
 
 def same_file(a, b):
@@ -3116,6 +2900,20 @@ def kept(places):
         return f'`{path}`'
     mount = mount_of(path)
     return f'`{path}`, ' + (f'on the mounted folder {mount}' if mount else 'which no mounted folder keeps')
+
+
+def check_files(options, places):
+    """Refuse files that a run could not write or would overwrite; warnings of what a container would not keep."""
+    maps = map_paths(options)
+    read = [options.content, options.style, options.weights, *maps]
+    read += [] if options.seed in ('noise', 'content') else [options.seed]
+    read += map(import_automaps().preview_path, maps) if options.auto_maps else []
+    check_written(options, places, read)
+    lost = [(flag, path) for flag, path in (('--frames', options.frames if options.save_every else None),
+                                            ('--log', options.log))
+            if path and mounts() is not None and not mount_of(path)]
+    return [bold(f'WARNING: {flag} {path!r} is on no mounted folder, and is lost with the container. '
+                 f'FIX: -v "$PWD:/nd", or another {flag}.') for flag, path in lost]
 
 
 def check_written(options, places, read):
@@ -3213,13 +3011,13 @@ def claim_frames(folder):
                 return place
 
 
-def provenance(inputs, weights, options, random_seed):
+def provenance(inputs, weights, options):
     """Provenance of a run, as JSON: the log's first line, and what `--resume` compares."""
     checksums = {name: None if array is None else hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
                  for name, array in inputs._asdict().items() if name != 'size'}
     return json.loads(json.dumps(dict(
         version=__version__, device=options.device, network=weights.kind,
-        weights=dict(path=weights.path, sha256=weights.sha256), random_seed=random_seed, options=vars(options),
+        weights=dict(path=weights.path, sha256=weights.sha256), random_seed=options.random_seed, options=vars(options),
         inputs=checksums, shapes=dict(output=inputs.size[::-1], style=inputs.style.shape[:2],
                                       map_channels=0 if inputs.style_map is None else inputs.style_map.shape[2]))))
 
@@ -3236,6 +3034,30 @@ def write_checkpoint(path, at):
     with written_whole(path) as file:
         for array in (json.dumps(state), *arrays.values()):             # no .npz: zipfile has words of its own for a
             np.save(file, array)                                        # full disk
+
+
+def find_checkpoint(path, header, resume):
+    """Where a run begins: the `Checkpoint` at `path` if it is to go on from there, else a new one; and remarks.
+
+    Parameters
+    ----------
+    path : str
+    header : dict
+        `provenance` of the run. Where it has no random seed, that of the checkpoint serves, or a new one.
+    resume : bool
+    """
+    remarks = []
+    if resume and os.path.exists(path):
+        at = read_checkpoint(path, header)
+        at.header = header | {'random_seed': at.header['random_seed']}
+        return at, remarks
+    if os.path.exists(path):
+        remarks = [f'`{path}` of a run that did not end will be replaced; --resume would go on.']
+    elif resume:
+        remarks = [f'There is no `{path}` to resume from: starting anew.']
+    if header['random_seed'] is None:
+        header = header | {'random_seed': secrets.randbelow(10 ** 9)}
+    return Checkpoint(header), remarks
 
 
 def read_checkpoint(path, header):

@@ -69,7 +69,7 @@ def main():
     import doodle
     doodle.import_pillow()
     doodle.import_theano('cpu')
-    doodle.import_skimage()
+    automaps = doodle.import_automaps()
     weights, _ = doodle.read_weights(options.weights)
     pictures = [doodle.read_picture(SAMPLES / name).pixels for name in options.pictures]
     painted = [doodle.read_picture(doodle.map_path(SAMPLES / name, '_sem.png')).pixels for name in options.pictures]
@@ -79,12 +79,12 @@ def main():
     def line(name, values):
         print(f'{name:<12}' + ''.join(f'{value:8.2f}' for value in (*values, (values[2] + values[3]) / 2)), flush=True)
     for count in map(int, options.parts.split(',')):
-        maps = doodle.automatic_maps(pictures, [None, None], count, weights, True)
+        maps = automaps.automatic_maps(pictures, [None, None], count, weights, True)
         line(f'{count} parts', figures([doodle.colour_codes(colours) for colours in maps], codes))
         line('  baseline', np.mean([figures(by_colour(pictures, count, seed), codes) for seed in range(5)], axis=0))
     for k in (0, 1):
         given = [painted[0], None] if k == 0 else [None, painted[1]]
-        maps = doodle.automatic_maps(pictures, given, 0, weights, True)
+        maps = automaps.automatic_maps(pictures, given, 0, weights, True)
         print(f'{options.pictures[1 - k]} completed from the map of {options.pictures[k]}: '
               f'{(doodle.colour_codes(maps[1 - k]) == codes[1 - k]).mean():.2f} as painted')
 

@@ -1,7 +1,10 @@
 """Automatic maps: as good as measured, one meaning to a colour, and nothing of the user's overwritten."""
 import os
+import re
 import shutil
+import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +18,13 @@ FACES = 'astronaut.png', 'hopper.png'
 
 @pytest.fixture(scope='module')
 def tool(doodle):
-    doodle.import_skimage()
     import measure_maps
     return measure_maps
+
+
+@pytest.fixture(scope='module')
+def automaps(doodle):
+    return doodle.import_automaps()
 
 
 @pytest.fixture(scope='module')
@@ -28,8 +35,8 @@ def faces(doodle):
 
 
 @pytest.fixture(scope='module')
-def found(doodle, tool, faces):
-    return doodle.automatic_maps(faces[0], [None, None], 6, faces[2], True)
+def found(automaps, faces):
+    return automaps.automatic_maps(faces[0], [None, None], 6, faces[2], True)
 
 
 def test_faces_agree_far_better_than_by_colours(doodle, tool, faces, found):
@@ -42,8 +49,8 @@ def test_faces_agree_far_better_than_by_colours(doodle, tool, faces, found):
     assert there + back > by_there + by_back + 2 * 0.25
 
 
-def test_maps_are_repeated_and_every_part_is_in_both(doodle, faces, found):
-    again = doodle.automatic_maps(faces[0], [None, None], 6, faces[2], True)
+def test_maps_are_repeated_and_every_part_is_in_both(doodle, automaps, faces, found):
+    again = automaps.automatic_maps(faces[0], [None, None], 6, faces[2], True)
     assert all((a == b).all() for a, b in zip(found, again))
     parts = [np.unique(doodle.colour_codes(colours)) for colours in found]
     assert len(parts[0]) == 6 and (parts[0] == parts[1]).all()
@@ -51,10 +58,10 @@ def test_maps_are_repeated_and_every_part_is_in_both(doodle, faces, found):
 
 
 @pytest.mark.parametrize('k', [0, 1])
-def test_one_painted_map_is_completed(doodle, tool, faces, k):
+def test_one_painted_map_is_completed(doodle, automaps, tool, faces, k):
     """In its own colours; 0.71 and 0.48 of the area are as painted, and 0.37 by calling all background."""
     pictures, painted, weights = faces
-    maps = doodle.automatic_maps(pictures, [painted[i] if i == k else None for i in (0, 1)], 0, weights, True)
+    maps = automaps.automatic_maps(pictures, [painted[i] if i == k else None for i in (0, 1)], 0, weights, True)
     codes = [doodle.colour_codes(maps[1 - k]), doodle.colour_codes(painted[1 - k])]
     assert set(np.unique(codes[0])) <= set(np.unique(codes[1]))
     assert (codes[0] == codes[1]).mean() > (0.42, 0.65)[k]
@@ -69,20 +76,19 @@ def test_rand_index_and_agreement(tool):
 
 
 @pytest.mark.parametrize('count', range(2, 17))
-def test_colours_serve_as_they_are(doodle, count):
+def test_colours_serve_as_they_are(doodle, automaps, count):
     """No two are alike to a cosine, so that `map_channels` has nothing to mend."""
-    colours = doodle.map_colours(count)
+    colours = automaps.map_colours(count)
     assert len(np.unique(colours, axis=0)) == count and colours.max(axis=1).min() == 255
     maps = [np.repeat(colours[None], 3, axis=0)] * 2
     assert doodle.map_channels(maps, *doodle.map_classes(maps, [False, False])) == (maps, None)
 
 
-def test_small_parts_that_share_a_superpixel_do_not_wreck_a_map(doodle):
-    doodle.import_skimage()
+def test_small_parts_that_share_a_superpixel_do_not_wreck_a_map(automaps):
     red, blue, green = (255, 0, 0), (0, 0, 255), (0, 255, 0)
     painted = np.kron(np.uint8([[red, red], [blue, green], [red, red], [red, red]]), np.ones((4, 8, 1), np.uint8))
     cut = np.arange(4).repeat(4)[:, None].repeat(16, axis=1)            # a superpixel is four rows
-    parts, colours = doodle.painted_parts([cut, cut + 4], np.float64([0, 1, 0, 0] * 2)[:, None], painted, 0)
+    parts, colours = automaps.painted_parts([cut, cut + 4], np.float64([0, 1, 0, 0] * 2)[:, None], painted, 0)
     names = [tuple(colour) for colour in colours[parts]]
     assert names[4] == names[6] == names[7] == red and names[5] in (blue, green)
 
@@ -96,7 +102,7 @@ SMALL = ('--style=astronaut.png', '--content=hopper.png', '--auto-maps=4', '--ne
          '--iterations=1', '--max-size=64', '--save-every=0')
 
 
-def test_missing_maps_are_written_once(doodle, run, tmp_path, monkeypatch):
+def test_missing_maps_are_written_once(doodle, automaps, run, tmp_path, monkeypatch):
     """The run goes on with them; what stands there stays, and is what the other map follows."""
     (tmp_path / 'new').mkdir()
     for folder in (tmp_path, tmp_path / 'new'):
@@ -121,7 +127,7 @@ def test_missing_maps_are_written_once(doodle, run, tmp_path, monkeypatch):
         SAMPLES / 'hopper_sem.png', tmp_path / 'astronaut_sem.png'))
     assert set(completed) <= set(painted)
     monkeypatch.chdir(tmp_path)
-    assert doodle.missing_maps(doodle.parse_options(list(SMALL))) == {}
+    assert automaps.missing_maps(doodle.parse_options(list(SMALL))) == []
 
 
 @pytest.mark.parametrize('arguments, problem', [
@@ -149,3 +155,128 @@ def test_a_folder_that_cannot_be_written_is_refused(doodle, refused, tmp_path, m
     monkeypatch.setattr(doodle.tempfile, 'TemporaryFile', temporary)
     problem, fix = refused('--style=theirs/astronaut.png', '--content=theirs/hopper.png', '--auto-maps=4')
     assert "'theirs' cannot be written: Permission denied" in problem and 'copy the picture' in fix
+
+
+# ---- the file beside the script, and its command ---------------------------------------------------------------------
+
+CHECK = *SMALL, '--check'
+
+
+def python(folder, *command, **environment):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, timeout=600, text=True, capture_output=True,
+                          env=os.environ | environment)
+
+
+def test_the_script_alone_does_all_else_and_names_the_file(tmp_path):
+    copied(tmp_path, *FACES)
+    shutil.copy(ROOT / 'doodle.py', tmp_path)
+    done = python(tmp_path, 'doodle.py', *CHECK, '--auto-maps=0')
+    assert done.returncode == 0 and 'On this CPU about' in done.stdout and not done.stderr
+    done = python(tmp_path, 'doodle.py', *CHECK)
+    path = re.escape(str(tmp_path / 'samples/automaps.py'))
+    assert done.returncode == 2
+    assert re.fullmatch(rf"ERROR: --auto-maps needs '{path}', which is not there\.\n  FIX: copy it .+\n", done.stderr)
+
+
+def test_a_link_to_the_script_finds_what_lies_beside_it(doodle, tmp_path, monkeypatch):
+    copied(tmp_path, *FACES)
+    (tmp_path / 'paint').symlink_to(ROOT / 'doodle.py')
+    done = python(tmp_path, 'paint', *CHECK)
+    assert done.returncode == 0 and done.stdout.count('will be painted') == 2, done.stderr
+    monkeypatch.setattr(doodle, '__file__', str(tmp_path / 'paint'))
+    weights, _ = doodle.find_weights(doodle.parse_options(list(SMALL)))
+    assert weights.path == str(ROOT / 'vgg16.npz')
+
+
+def test_there_is_one_program_however_it_is_started(doodle, automaps, tmp_path):
+    assert automaps.doodle is doodle
+    code = ('import sys\n'
+            f'sys.argv = [{str(ROOT / "doodle.py")!r}, "--style=none.png", "--content=no.png", "--auto-maps=4"]\n'
+            'sys.exit = lambda code: print(sys.modules["doodle"] is sys.modules["__main__"], code)\n'
+            '__file__ = sys.argv[0]\n'
+            'exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"))\n')
+    assert python(tmp_path, '-c', code).stdout.splitlines()[-1] == 'True 2'
+
+
+def test_maps_are_painted_before_they_are_read_and_each_is_read_once(doodle, automaps, tmp_path, monkeypatch):
+    copied(tmp_path, *FACES)
+    monkeypatch.chdir(tmp_path)
+    read, real = Counter(), doodle.decoded
+    monkeypatch.setattr(doodle, 'decoded', lambda path: (read.update([path]), real(path))[1])
+    monkeypatch.setattr(doodle, 'open_device', lambda options, inputs: 'cpu')
+    monkeypatch.setattr(automaps, 'automatic_maps', lambda pictures, maps, count, weights, fast: [
+        np.uint8([[[255, 0, 0], [0, 0, 255]]]).repeat(480, axis=0).repeat(192, axis=1)] * 2)
+
+    def stopped(*arguments):
+        raise doodle.UserError('Stopped.', 'go on')
+    monkeypatch.setattr(doodle, 'Objective', stopped)
+    with pytest.raises(doodle.UserError, match='Stopped'):
+        doodle.run(list(SMALL))
+    assert {path: count for path, count in read.items() if '_sem' in path} == {'astronaut_sem.png': 1,
+                                                                              'hopper_sem.png': 1}
+
+
+def test_a_broken_map_and_too_little_memory_are_told_before_the_network_is_loaded(doodle, refused, tmp_path,
+                                                                                  monkeypatch):
+    copied(tmp_path, *FACES)
+    (tmp_path / 'hopper_sem.png').write_text('broken')
+    monkeypatch.setattr(doodle, 'find_weights', lambda options: pytest.fail('not refused'))
+    assert "'hopper_sem.png' cannot be read" in refused(*SMALL)[0]
+    monkeypatch.setattr(doodle, 'memory_limit', lambda: 5e8)
+    assert 'GB of memory' in refused(*SMALL)[0]
+    assert not (tmp_path / 'astronaut_sem.png').exists()
+
+
+TOOL = SAMPLES / 'automaps.py'
+
+
+def test_the_command_paints_what_is_missing_and_keeps_the_rest(doodle, tmp_path):
+    copied(tmp_path, *FACES)
+    command = TOOL, *FACES, '--parts=4', '--network=vgg16', '--semantic-ext=_map.png'
+    nobody = dict(DISPLAY='', WAYLAND_DISPLAY='')
+    done = python(tmp_path, *command, **nobody)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    stems = [name.replace('.png', '_map') for name in FACES]
+    maps, previews = [f'{stem}.png' for stem in stems], [f'{stem}_preview.jpg' for stem in stems]
+    assert sorted(os.listdir(tmp_path)) == sorted([*FACES, *maps, *previews])
+    assert all(f'Preview: `{path}`' in done.stdout for path in previews)
+    parts = [np.unique(doodle.colour_codes(doodle.read_picture(str(tmp_path / path)).pixels)) for path in maps]
+    assert len(parts[0]) == 4 and (parts[0] == parts[1]).all()
+
+    before = {path: (tmp_path / path).read_bytes() for path in os.listdir(tmp_path)}
+    done = python(tmp_path, *command, **nobody)
+    assert done.returncode == 0 and 'nothing to paint' in done.stdout and previews[0] in done.stdout
+    assert {path: (tmp_path / path).read_bytes() for path in os.listdir(tmp_path)} == before
+
+
+@pytest.mark.parametrize('display, shown', [({}, 0), ({'DISPLAY': ':0'}, 2), ({'WAYLAND_DISPLAY': 'wayland-0'}, 2)])
+def test_the_command_shows_the_previews_where_there_is_a_display(doodle, tmp_path, monkeypatch, display, shown):
+    for name in FACES:
+        copied(tmp_path, name, name.replace('.png', '_sem.png'))
+        shutil.copy(SAMPLES / name, tmp_path / name.replace('.png', '_sem_preview.jpg'))
+    seen = []
+    for name in ('DISPLAY', 'WAYLAND_DISPLAY'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in display.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(doodle.Image.Image, 'show', lambda image: seen.append(image.size))
+    assert doodle.import_automaps().run([str(tmp_path / name) for name in FACES]) == 0
+    assert len(seen) == shown
+
+
+@pytest.mark.parametrize('arguments, problem', [
+    ([], 'ME, YOU'), (['a.png', 'b.png', '--parts=1'], '--parts'), (['a.png', 'b.png'], "'a.png' is not there"),
+    (['a.png', 'a.jpg'], 'would have one map'), (['a.png', 'b.png', '--semantic-ext=.jpg'], 'end in .png'),
+    (['a.png', 'b.png', '--max-size=9'], '--max-size')])
+def test_mistakes_at_the_command_are_told_as_by_the_program(tmp_path, arguments, problem):
+    done = python(tmp_path, TOOL, *arguments)
+    assert done.returncode == 2 and not done.stdout and not os.listdir(tmp_path)
+    assert re.fullmatch(r'ERROR: (.+)\n  FIX: (.+)\n', done.stderr) and problem in done.stderr
+
+
+def test_help_of_the_command_needs_no_packages(tmp_path):
+    for name in ('numpy', 'PIL', 'scipy', 'skimage'):
+        (tmp_path / f'{name}.py').write_text('raise ImportError("not for --help")')
+    done = python(tmp_path, TOOL, '--help', PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0 and '--parts' in done.stdout and not done.stderr
+    assert 'not for --help' in python(tmp_path, TOOL, 'a.png', 'b.png', PYTHONPATH=str(tmp_path)).stderr

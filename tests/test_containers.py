@@ -199,6 +199,17 @@ def test_a_missing_or_wrong_mount_is_named(image, folder):
     assert code == 2 and f"/nd/samples from {folder}/frames (0 entries)" in said
 
 
+def test_automatic_maps_lie_where_no_mount_hides_them(image, folder):
+    shutil.rmtree(folder / 'samples')
+    (folder / 'samples').mkdir()
+    for name in ('astronaut.png', 'hopper.png'):
+        shutil.copy(ROOT / 'samples' / name, folder / 'samples')
+    for path in (folder / 'samples', *(folder / 'samples').iterdir()):
+        os.chown(path, CALLER, CALLER)
+    said = checked('podman', 'run', '--rm', *two(folder), image, *FACES, '--auto-maps=4', '--check')
+    assert said.count('it will be painted') == 2
+
+
 # g++ as it is, but every module that it compiles is counted, and it takes the processor for an $ARCH; then the first
 # module is enough.
 COUNTED = r"""

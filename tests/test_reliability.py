@@ -77,7 +77,7 @@ def painted(doodle, tmp_path, monkeypatch, capsys):
                 return doodle.Evaluation(total, {}, {}, 0., 2 * slope * difference, 0., 0.)
 
         monkeypatch.setattr(doodle, 'find_weights', lambda options: (
-            doodle.Weights('vgg16', None, 'a file', f'checksum of {options.weights}'), None))
+            doodle.Weights('vgg16', None, 'a file', f'checksum of {options.weights}'), []))
         monkeypatch.setattr(doodle, 'Objective', Objective)
         monkeypatch.setattr(doodle, 'import_theano', lambda device: (device, None))
         flags = {argument.split('=')[0] for argument in arguments}

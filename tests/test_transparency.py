@@ -175,5 +175,5 @@ def test_a_resumed_run_knows_the_alpha_of_its_style(doodle, inputs):
         alpha = alpha_of()
         alpha[30, 40] = k                                               # white on white
         cut_out(alpha)
-        found.append(doodle.explained(inputs()[0], weights, options, 7)['inputs'])
+        found.append(doodle.provenance(inputs()[0], weights, options)['inputs'])
     assert found[0] == found[1] and {name for name in found[0] if found[0][name] != found[2][name]} == {'style_alpha'}
