@@ -1328,8 +1328,9 @@ def evaluate(objective, at, journal, signals):
         with signals.heard():
             evaluation = objective(x)
     except BaseException as error:                                      # the matches may be new already
+        if isinstance(error, FloatingPointError):
+            at.memory['fresh'] = np.array(True)                         # the next image is another: matched anew
         objective.restore(at.memory)
-        objective.fresh |= isinstance(error, FloatingPointError)        # the next image is another: matches anew
         raise
     at.count(evaluation)
     journal.record(at, x, evaluation)

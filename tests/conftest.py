@@ -8,11 +8,29 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ['https_proxy'] = 'http://127.0.0.1:9'    # no test reaches the net
+
+
+class NoNetwork:
+    """What is the same in all objectives without a network; a test adds `__call__`."""
+    style, target, history = {}, {}, np.zeros(0)
+
+    def __init__(self, *_, **__):
+        pass
+
+    def set_phase(self, *_):
+        self.fresh = True
+
+    def state(self):
+        return {'history': self.history, 'fresh': np.array(self.fresh)}
+
+    def restore(self, state):
+        self.history, self.fresh = state['history'], bool(state['fresh'])
 
 
 @pytest.fixture(scope='session')

@@ -130,7 +130,7 @@ def options(doodle, *more):
 
 def test_offline_the_bundled_network_serves_with_one_warning(doodle, vgg19, monkeypatch):
     monkeypatch.setenv('DOODLE_ADDRESSES', 'http://127.0.0.1:9/')
-    weights, remark = doodle.find_weights(options(doodle))
+    weights, (remark, _) = doodle.find_weights(options(doodle))
     assert weights.kind == 'vgg16' and remark.count('WARNING') == 1 and 'FIX' in remark
 
 
@@ -147,5 +147,5 @@ def test_a_network_asked_for_by_name_is_had_or_the_run_fails(doodle, vgg19, monk
     with pytest.raises(doodle.UserError, match='is vgg16'):
         doodle.find_weights(options(doodle, '--network=vgg19', '--weights', os.path.join(
             os.path.dirname(doodle.__file__), 'vgg16.npz')))
-    weights, remark = doodle.find_weights(options(doodle, '--network=vgg16'))
-    assert weights.kind == 'vgg16' and remark is None
+    weights, (remark, _) = doodle.find_weights(options(doodle, '--network=vgg16'))
+    assert weights.kind == 'vgg16' and remark.startswith('Network vgg16 from')

@@ -229,12 +229,14 @@ def test_whom_a_lost_content_is_told(doodle, content, total, options, told):
 
 # ---- the log ---------------------------------------------------------------------------------------------------------
 
-def test_the_log_begins_with_what_explains_the_run(texture, faces):
+def test_the_log_begins_with_the_provenance_of_the_run(doodle, texture, faces):
     assert texture.header['random_seed'] == 7 and texture.header['network'] == 'vgg16'
     assert texture.header['device'] == 'cpu' and len(texture.header['weights']['sha256']) == 64
     assert texture.header['options']['style_layers'] == ['3_1'] and texture.header['options']['iterations'] == 3
     assert faces.header['shapes'] == {'output': [112, 96], 'style': [108, 124], 'map_channels': 3}
-    assert list(texture.header) == ['device', 'network', 'weights', 'random_seed', 'options', 'inputs', 'shapes']
+    assert list(texture.header) == ['version', 'device', 'network', 'weights', 'random_seed', 'options', 'inputs',
+                                    'shapes', 'slices']
+    assert texture.header['version'] == doodle.__version__ and texture.header['slices'] == 1
 
 
 @pytest.mark.parametrize('run_of', ['texture', 'faces'])

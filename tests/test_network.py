@@ -284,12 +284,13 @@ def test_content_is_as_large_a_part_of_the_loss_as_with_vgg19(doodle, content, s
 def test_scaled_losses_are_said_to_be(doodle, tmp_path, monkeypatch, capsys, kind):
     def stop(*_):
         raise doodle.UserError('so far.', 'nothing')
-    monkeypatch.setattr(doodle, 'find_weights', lambda _: (doodle.Weights(kind, None, 'a file', ''), None))
+    monkeypatch.setattr(doodle, 'read_weights', lambda path: (
+        doodle.Weights(kind, dict.fromkeys(doodle.layer_names(kind)), path, ''), None))
     monkeypatch.setattr(doodle, 'import_theano', lambda device: (device, None))
     monkeypatch.setattr(doodle, 'handle_signals', lambda _: None)
     monkeypatch.setattr(doodle, 'Objective', stop)
     monkeypatch.chdir(tmp_path)
-    assert doodle.main([f'--style={ROOT / "samples/gravel.png"}', '--save-every=0']) == 2
+    assert doodle.main([f'--style={ROOT / "samples/gravel.png"}', '--save-every=0', '--weights=a file']) == 2
     assert capsys.readouterr().out.count('Losses of vgg16 are scaled') == (kind == 'vgg16')
 
 

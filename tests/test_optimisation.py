@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
+from conftest import NoNetwork
 from golden_data import FOLDER
 
 SHAPE = 3, 6, 5
@@ -132,22 +133,15 @@ def test_a_loss_a_million_times_the_least_blows_up_and_is_recovered_from_once(do
 
 # ---- paint -----------------------------------------------------------------------------------------------------------
 
-class Objective:
+class Objective(NoNetwork):
     """A loss that knows nothing of networks: `pull` times the squared distance from an image of its own."""
-    style, target = {}, {}
 
     def __init__(self, doodle, pull=0., fails_at=None):
         self.doodle, self.pull, self.fails_at, self.phases, self.asked = doodle, pull, fails_at, [], []
 
     def set_phase(self, *arguments):
+        super().set_phase()
         self.phases.append(arguments)
-        self.fresh = True
-
-    def state(self):
-        return {'fresh': np.array(self.fresh)}
-
-    def restore(self, state):
-        self.fresh = bool(state['fresh'])
 
     def __call__(self, x):
         if len(self.asked) == self.fails_at:

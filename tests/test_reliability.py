@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import kill
-from conftest import ROOT
+from conftest import ROOT, NoNetwork
 from golden_data import FOLDER
 from test_matching import brute_force
 
@@ -46,21 +46,11 @@ def painted(doodle, tmp_path, monkeypatch, capsys):
     def painted(*arguments, given=FACES, at={}, after={}):
         seen = SimpleNamespace(asked=[], history=[], phase=None)
 
-        class Objective:
-            style, target, fresh = {}, {}, True
-
-            def __init__(self, *_, **__):
-                pass
-
+        class Objective(NoNetwork):
             def set_phase(self, *_):
+                super().set_phase()
                 seen.phase = 0 if seen.phase is None else seen.phase + 1
-                self.fresh, self.history = True, np.zeros(4)
-
-            def state(self):
-                return {'history': self.history, 'fresh': np.array(self.fresh)}
-
-            def restore(self, state):
-                self.history, self.fresh = state['history'], bool(state['fresh'])
+                self.history = np.zeros(4)
 
             def __call__(self, x):
                 number = len(seen.asked)
