@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text()
 
@@ -48,9 +50,22 @@ def test_ci_runs_the_second_command():
     assert printed == command('Test') + '\n' and "'/^## Test/,/^## /s/^    //p'" in (ROOT / '.ci/run').read_text()
 
 
-def test_every_link_leads_to_a_file():
-    for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', README):
-        assert (ROOT / target).exists(), target
+def test_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    assert [line for line in lines if len(line) > 120 and not line.startswith(('|', '    '))] == []  # tables, commands
+
+
+@pytest.mark.parametrize('readme', ['README.md', 'samples/README.md'])
+def test_every_link_leads_to_a_file_and_its_section(readme):
+    readme = ROOT / readme
+    for target in re.findall(r'\]\((?!https?:)([^)]+)\)', readme.read_text()):
+        name, _, section = target.partition('#')
+        path = readme.parent / (name or readme.name)
+        assert path.exists(), target
+        if section:
+            sections = re.findall(r'^##+ (.+)$', path.read_text(), re.MULTILINE)
+            assert section in [title.lower().replace(' ', '-') for title in sections], target
 
 
 def test_troubleshooting_names_messages_that_the_program_has():
