@@ -131,15 +131,7 @@ def parse_path(text):
     """A path, with its ~ expanded, which a shell leaves as it is after an =."""
     if not text:
         raise argparse.ArgumentTypeError(f'{text!r} is no path')
-    user, _, rest = text.partition('/')
-    if user.startswith('~') and mounts() is not None:
-        home = '$HOME' if user == '~' else f'/home/{user[1:]}'
-        raise UserError(f'{text!r}: ~ in a container is not your home.',
-                        f'mount that, -v "{home}:{home}", and give the path as "{home}/{rest}"')
-    expanded = os.path.expanduser(text)
-    if expanded.startswith('~') and not os.path.lexists(text):
-        raise UserError(f'{text!r}: there is no such user.', f'for a name that begins with ~ give ./{text}')
-    return expanded
+    return expanded(text)
 
 
 def parse_seed(text):
@@ -396,28 +388,6 @@ def read_maps(inputs, options):
     return inputs, remarks
 
 
-def check_sizes(inputs, options):
-    """Refuse pictures that are too small for the layers, and a style that is transparent as far as a layer sees."""
-    if options.output_size and (inputs.content is not None or inputs.content_map is not None):
-        raise UserError('--output-size is for texture synthesis; here the content or its map gives the size.',
-                        'leave --output-size out')
-    # A layer whose patches are matched needs one of 3x3, any other one pixel, in the smallest phase.
-    patched, style_size = options.style_layers if style_term(options).patched else [], inputs.style.shape[1::-1]
-    least, layer = max((stride(layer) * (3 if layer in patched else 1), layer) for layer in
-                       options.style_layers + (options.content_layers if inputs.content is not None else []))
-    for name, (width, height) in (('result', inputs.size), ('style picture', style_size)):
-        if min(phase_size((width, height), 0, options.phases)) < least:
-            fits = int(math.log2(max(1, min(width, height) / least))) + 1
-            raise UserError(f'The {name}, {width}x{height}, is too small for conv{layer} in the first of '
-                            f'{options.phases} phases, where its sides must be {least} or more.',
-                            f'--phases={fits}' if min(width, height) >= least else 'use a larger picture')
-    cut_out = () if inputs.style_alpha is None else options.style_layers
-    for phase, layer in itertools.product(range(options.phases), cut_out):
-        if not pooled_map(inputs.style_alpha, phase_size(style_size, phase, options.phases), layer).any():
-            raise UserError(f'All of {options.style!r} is transparent, as conv{layer} sees it in phase {phase}.',
-                            'use a style picture that shows something')
-
-
 def map_pair(inputs, options):
     """The maps of both pictures, (H, W, K) uint8 arrays, or None where none are wanted; and remarks."""
     if METHODS[options.method][1].get('semantic_weight', 0) is None:
@@ -443,47 +413,6 @@ def map_pair(inputs, options):
     remarks += legend(classes, dict(zip(paths, maps)), dict(zip(paths, labels))) + warned
     channels, remark = map_channels(maps, classes, labels)
     return channels, remarks + [remark] * bool(remark)
-
-
-def legend(classes, maps, labels):
-    """What each class covers of the maps, and what in them is likely a painting mistake, in lines.
-
-    Parameters
-    ----------
-    classes : (K, 3) array
-    maps, labels : dict of str to (H, W, 3) uint8 and (H, W) int arrays
-        By the name of their picture, ``'content'`` and ``'style'``.
-    """
-    names, codes = list(maps), colour_codes(classes.astype(np.int32))
-    shares = np.array([np.bincount(labels[name].ravel(), minlength=len(classes)) / labels[name].size for name in names])
-    lines = [f'{swatch(colour)}#{code:06x}  ' + '  '.join(f'{name} {share:6.1%}' for name, share in zip(names, covered))
-             for colour, code, covered in zip(classes.astype(int), codes, shares.T)]
-
-    most, owner = [], np.zeros(1 << 24, np.int16)                       # of each map: the commonest colour of a class
-    for name in names:
-        code = colour_codes(maps[name])
-        counts, owner[code] = np.bincount(code.ravel(), minlength=1 << 24), labels[name]
-        found = np.flatnonzero(counts)
-        found = found[np.argsort(counts[found], kind='stable')]
-        most.append(dict(zip(owner[found].tolist(), found.tolist())))   # of several the last stays
-    order = np.argsort(-shares.sum(axis=0), kind='stable').tolist()
-    pairs = [f'#{most[0][k]:06x} and #{most[-1][k]:06x}' for k in order
-             if all(k in colours for colours in most) and most[0][k] != most[-1][k]]
-    if pairs:
-        lines.append(f'One class, though not quite one colour in the {" and the ".join(names)}: {examples(pairs, 8)}.')
-
-    odd, alone = [], []
-    for k in order:
-        present = [name for name, share in zip(names, shares[:, k]) if share >= LEAST]
-        if len(present) == 1 < len(names):
-            alone.append(f'#{codes[k]:06x} in the map of the {present[0]} only ({shares[:, k].max():.1%})')
-    if alone:
-        odd.append(f'Colours without a counterpart: {examples(alone)}. FIX: paint each part in both maps')
-    if len(classes) > 16:
-        odd.append(f'The maps have {len(classes)} colours. FIX: a few large parts, each of one colour')
-    if 'style' in labels and (shares[names.index('style')] > 0).sum() == 1:
-        odd.append('The map of the style has a single class, so that maps make no difference. FIX: paint its parts')
-    return lines + [bold(f'WARNING: {text}.') for text in odd]
 
 
 def map_channels(maps, classes, labels):
@@ -540,17 +469,17 @@ def pooled_map(channels, size, layer):
     return scaled[:height * k, :width * k].reshape(height, k, width, k, -1).mean(axis=(1, 3))
 
 
-def resized(pixels, size, method):
-    """`pixels` (H, W, K), uint8 or float, resampled channel by channel to `size` = (width, height)."""
-    if pixels.shape[1::-1] == tuple(size):
-        return pixels
-    planes = [Image.fromarray(plane).resize(size, method, reducing_gap=None) for plane in np.moveaxis(pixels, 2, 0)]
-    return np.stack([np.asarray(plane) for plane in planes], axis=2)
+def resized(values, size, method):
+    """`values` (H, W, K), uint8 or float, resampled channel by channel to `size` = (width, height)."""
+    if values.shape[1::-1] == tuple(size):
+        return values
+    channels = [Image.fromarray(plane).resize(size, method, reducing_gap=None) for plane in np.moveaxis(values, 2, 0)]
+    return np.stack([np.asarray(plane) for plane in channels], axis=2)
 
 
-def limited(pixels, longest, method):
-    """`pixels` (H, W, K), shrunk where their long side is more than `longest` (or None)."""
-    return resized(pixels, limited_size(pixels.shape[1::-1], longest), method)
+def limited(values, longest, method):
+    """`values` (H, W, K), shrunk where their long side is more than `longest` (or None)."""
+    return resized(values, limited_size(values.shape[1::-1], longest), method)
 
 
 def limited_size(size, longest):
@@ -564,12 +493,12 @@ def phase_size(size, phase, phases):
     return tuple(side >> phases - 1 - phase for side in size)
 
 
-def planes(pixels):
+def to_planes(rgb):
     """(H, W, 3) RGB -> (3, H, W) BGR float64."""
-    return np.moveaxis(pixels[:, :, ::-1], 2, 0).astype(np.float64)
+    return np.moveaxis(rgb[:, :, ::-1], 2, 0).astype(np.float64)
 
 
-def pixels(x, size):
+def to_pixels(x, size):
     """The image `x` (3, H, W) BGR as (height, width, 3) uint8 RGB, at `size` = (width, height)."""
     return resized(np.moveaxis(np.clip(x, 0, 255).astype(np.uint8)[::-1], 0, 2), size, Image.BICUBIC)
 
@@ -675,10 +604,8 @@ def match(u, v, slices, variety=None, history=None, scale=None):
         S(i, j) = 1/9 a(i) b(j) sum_d u(i + d) . v(j + d),        less variety * h(j)
 
     Either u and v have length one at every pixel [C16] and there are no a and b; or they are raw, and a and b are their
-    `patch_scale`: the cosine of whole patches [LW16].
-
-    The sum over the offsets d is taken over nine diagonal shifts of the products of single pixels, so that these cost
-    a ninth of the products of patches, and no patch is ever stored.
+    `patch_scale`, for the cosine of whole patches [LW16]. The sum over the offsets d is one over nine diagonal shifts
+    of the products of single pixels: a ninth of the work, and no patch is ever stored.
 
     Parameters
     ----------
@@ -696,8 +623,7 @@ def match(u, v, slices, variety=None, history=None, scale=None):
     -------
     matches : symbolic int64 ((H - 2) (W - 2),)
         Numbers j, the first of equals.
-    history : symbolic ((h - 2) (w - 2),) or None
-        The new h, where there was one.
+    history : symbolic ((h - 2) (w - 2),), the new h, or None
     """
     (H, W, D), (h, w) = (u.shape[k] for k in range(3)), (v.shape[0], v.shape[1])
     best, matches, best_of = np.float32(-np.inf), np.int64(0), history
@@ -768,9 +694,9 @@ def sheet(copies):
         1 for a patch, 0 over a seam or in the margin.
     """
     w = max(g.shape[1] for g in copies)
-    sheet = [np.pad(g, [(0, 0), (0, w - g.shape[1]), (0, 0)]) for g in copies]
+    padded = [np.pad(g, [(0, 0), (0, w - g.shape[1]), (0, 0)]) for g in copies]
     whole = [np.outer(np.arange(len(g)) < len(g) - 2, np.arange(w) < g.shape[1] - 2) for g in copies]
-    return np.concatenate(sheet, dtype=np.float32), np.float32(np.concatenate(whole)[:-2, :-2].ravel())
+    return np.concatenate(padded, dtype=np.float32), np.float32(np.concatenate(whole)[:-2, :-2].ravel())
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -795,10 +721,10 @@ def style_loss(f, g, matches):
     """
     (H, W, C), (h, w) = (f.shape[k] for k in range(3)), (g.shape[0], g.shape[1])
     corner = (matches // (w - 2)) * w + matches % (w - 2)               # style pixel at the top left of each match
-    pixels, slope, total = g.reshape((h * w, C)), T.zeros((H, W, C)), 0.
+    style, slope, total = g.reshape((h * w, C)), T.zeros((H, W, C)), 0.
     for y in range(3):
         for x in range(3):
-            matched = pixels[corner + y * w + x].reshape((H - 2, W - 2, C))
+            matched = style[corner + y * w + x].reshape((H - 2, W - 2, C))
             difference = theano.gradient.disconnected_grad(f[y:H - 2 + y, x:W - 2 + x] - matched)
             slope = T.inc_subtensor(slope[y:H - 2 + y, x:W - 2 + x], difference)
             total += T.sum(difference ** 2)
@@ -881,6 +807,7 @@ class PatchTerm:
         self.scale = shared(1) if partial else None                     # b(j)
         self.history = shared(1) if options.variety else None           # h(j)
         self.matches = shared(1, 'int64')                               # j of each i
+        self.remembered = {'matches': self.matches} | ({'history': self.history} if self.history else {})
 
     @staticmethod
     def preparation(numbers, semantic):
@@ -938,10 +865,6 @@ class PatchTerm:
         if self.scale:
             self.scale.set_value(whole)
 
-    def remembered(self):
-        """The variables that are kept from one evaluation to the next, by name."""
-        return {'matches': self.matches} | ({'history': self.history} if self.history else {})
-
     def describe(self):
         """How many patches there are, of how many channels, and their memory."""
         v, arrays = self.keys.get_value(borrow=True), {id(array): array for array in (self.features, self.keys)}
@@ -983,7 +906,7 @@ class GramTerm:
     Its parameters and methods are those of `PatchTerm`; it has no matches.
     """
 
-    degree, power, patched, matches = 4, 1.25, False, None
+    degree, power, patched, matches, remembered = 4, 1.25, False, None, {}
 
     def __init__(self, options, numbers, semantic, transparent, slices, fast):
         self.gram, self.layers = shared(2), len(options.style_layers)   # A, (C, C)
@@ -1002,9 +925,6 @@ class GramTerm:
 
     def set(self, prepare, g, whole, seen, m, n):
         self.gram.set_value(prepare(g if seen is None else g[seen][None]))
-
-    def remembered(self):
-        return {}
 
     def describe(self):
         """The size of the matrix, and its memory."""
@@ -1050,6 +970,8 @@ class Objective:
         self.style = {layer: self.term(options, self.numbers, semantic, transparent, slices, fast)
                       for layer in style_layers}
         self.prepare = self.term.preparation(self.numbers, semantic)
+        self.remembered = {f'{name} {layer}': variable for layer, term in self.style.items()
+                           for name, variable in term.remembered.items()}
 
         x = T.tensor3('x')
         f = features(build_network(weights, self.layers, fast), x, self.layers)
@@ -1097,12 +1019,12 @@ class Objective:
         self.set_style(style, content_map, style_map, size, style_alpha)
         self.fresh = True
 
-    def set_style(self, style, content_map, style_map, size, alpha):
+    def set_style(self, style, content_map, style_map, size, style_alpha):
         """The part of `set_phase` that the style terms take."""
         steps = self.options.rotations, self.options.scales
         pictures = style_copies(style, *steps, Image.BICUBIC)
         maps, alphas = [[] if channels is None else style_copies(np.moveaxis(channels, 2, 0), *steps, Image.BILINEAR)
-                        for channels in (style_map if self.semantic else None, alpha)]
+                        for channels in (style_map if self.semantic else None, style_alpha)]
 
         def pooled(copies, layer):                                      # (h, w, K), or None where there are none
             return sheet([pooled_map(np.moveaxis(copy, 0, 2), picture.shape[:0:-1], layer)
@@ -1140,19 +1062,14 @@ class Objective:
         return self.fast and sum(seconds for node, seconds in self.matching.profile.apply_time.items()
                                  if isinstance(node.op, Matching))
 
-    def remembered(self):
-        """The variables that are kept from one evaluation to the next, by name."""
-        return {f'{name} {layer}': variable for layer, term in self.style.items()
-                for name, variable in term.remembered().items()}
-
     def state(self):
         """All that it knows of earlier evaluations, as arrays by name."""
-        return {name: variable.get_value() for name, variable in self.remembered().items()} | {
+        return {name: variable.get_value() for name, variable in self.remembered.items()} | {
             'fresh': np.array(self.fresh)}                              # whether the next matches are the phase's first
 
     def restore(self, state):
         """Go back to a `state` of this phase."""
-        for name, variable in self.remembered().items():
+        for name, variable in self.remembered.items():
             variable.set_value(state[name])
         self.fresh = bool(state['fresh'])
 
@@ -1243,37 +1160,13 @@ def first_image(inputs, options, size, random_seed):
     if options.seed == 'noise':
         return np.random.default_rng(random_seed).uniform(*options.seed_range, (3, *size[::-1]))
     if options.seed == 'content':
-        return planes(resized(inputs.content, size, Image.LANCZOS))
-    return planes(resized(inputs.seed, size, Image.BICUBIC))
+        return to_planes(resized(inputs.content, size, Image.LANCZOS))
+    return to_planes(resized(inputs.seed, size, Image.BICUBIC))
 
 
 def enlarged(x, size):
     """The image `x` (3, H, W), bicubically enlarged in floating point for the next phase, within 0..255."""
     return np.clip(np.moveaxis(resized(np.moveaxis(np.float32(x), 0, 2), size, Image.BICUBIC), 2, 0), 0, 255)
-
-
-@dataclasses.dataclass
-class Checkpoint:
-    """What a run knows between two evaluations, and all that `--resume` needs."""
-
-    header: dict                                                        # its `provenance`
-    phase: int = 0
-    evaluation: int = 0                                                 # how many were made in this phase,
-    number: int = 0                                                     # and in all
-    error: float = 255.                                                 # largest slope of a pixel, a running mean
-    frames: str = None                                                  # the folder that it claimed
-    minimiser: Minimiser = None
-    memory: dict = None                                                 # `Objective.state`
-
-    def begin(self, phase, image, objective):
-        """A phase begins with an image."""
-        self.phase, self.evaluation, self.error = phase, 0, 255.
-        self.minimiser, self.memory = Minimiser(image), objective.state()
-
-    def count(self, evaluation):
-        """An evaluation was made."""
-        self.evaluation, self.number = self.evaluation + 1, self.number + 1
-        self.error = 0.9 * self.error + 0.1 * min(float(np.abs(evaluation.gradient).max()), 255)
 
 
 def paint(objective, inputs, options, at, journal, signals):
@@ -1296,8 +1189,8 @@ def paint(objective, inputs, options, at, journal, signals):
         style = resized(inputs.style, phase_size(inputs.style.shape[1::-1], phase, options.phases), Image.LANCZOS)
         with signals.heard():
             objective.set_phase(
-                None if inputs.content is None else planes(resized(inputs.content, size, Image.LANCZOS)),
-                planes(style), inputs.content_map, inputs.style_map, size, inputs.style_alpha)
+                None if inputs.content is None else to_planes(resized(inputs.content, size, Image.LANCZOS)),
+                to_planes(style), inputs.content_map, inputs.style_map, size, inputs.style_alpha)
         if at.minimiser and at.phase == phase:                          # a resumed run
             objective.restore(at.memory)
         elif at.minimiser:
@@ -1381,85 +1274,10 @@ def run(arguments):
     return paint_and_save(objective, inputs, options, at, Journal(options, places, inputs.size, at))
 
 
-def paint_maps(inputs, options):
-    """Have the missing maps painted; returns what that needs, as `find_weights` and `open_device` give it."""
-    if options.device == 'cpu':
-        check_memory(inputs, options)
-    automaps = import_automaps()
-    known = automaps.read_known(options)
-    network, device = find_weights(options), open_device(options, inputs)
-    automaps.paint_maps(options, *known, network[0], device == 'cpu')
-    return network, device
-
-
-def paint_and_save(objective, inputs, options, at, journal):
-    """Paint, and save what there is however that ends; returns the exit code."""
-    start, device, places = time.time(), at.header['device'], journal.places
-    try:
-        with contextlib.closing(journal.bar), Signals() as signals:
-            if at.number:
-                journal.say(f'  - Going on from `{places.checkpoint}`, after {at.number} evaluations.')
-            paint(objective, inputs, options, at, journal, signals)
-    except KeyboardInterrupt as interruption:
-        saved = 'there is nothing to save' if not at.number else 'the image so far could be written nowhere'
-        if journal.save(at):
-            saved = f'the image so far is in {kept(journal.places)}; --resume goes on from there'
-        journal.keep_now(at)
-        say(f'\n{bold("Interrupted")} after {at.number} evaluations on device `{device}`: {saved}.')
-        return 128 + interruption.args[0]
-    except FloatingPointError:
-        saved = f'the last good image is in {kept(journal.places)}' if journal.save(at) else 'nothing was saved'
-        raise UserError(f'The loss is no longer a number after {at.number} evaluations; {saved}.',
-                        'try smaller weights, or another --random-seed') from None
-    except Exception:                                                   # there may be no more memory, for one
-        if journal.save(at):
-            say(f'\nAfter {at.number} evaluations the image so far is in {kept(journal.places)}.')
-        raise
-    if journal.saved is None:
-        raise UserError('The result could not be written anywhere.', 'make room, and --resume')
-    with contextlib.suppress(OSError):
-        os.unlink(places.checkpoint)
-    say(f'\n{bold("Optimization finished")} in {time.time() - start:.1f}s, average pixel error {at.error:.1f}, '
-        f'on device `{device}`: {kept(journal.places)}.')
-    return 0
-
-
-def main(arguments):
-    """Run the program; errors become one clear line and an exit code."""
-    return guarded(run, arguments)
-
-
-def guarded(program, arguments):
-    """What `program` returns for its `arguments`, an exit code; errors become one clear line and exit code 2."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))  # None: closed
-    handle_signals(interrupt)
-    try:
-        if sys.version_info[:2] != (3, 11):
-            raise UserError(f'This is Python {sys.version_info[0]}.{sys.version_info[1]}, and the program needs 3.11.',
-                            'run it with python3.11, in docker, or with uv run')
-        return program(arguments)
-    except UserError as error:
-        problem, fix = error.args
-    except ImportError as error:
-        problem, fix = f'{one_line(error)}.', 'install the packages: pip install -r requirements.txt'
-    except OSError as error:
-        problem = f'{error.filename or "A file"}: {error.strerror or one_line(error)}.'
-        fix = 'check the disk and its permissions'
-    except Exception as error:  # Theano's convolutions and libgpuarray have errors of their own for a lack of memory
-        if not isinstance(error, MemoryError) and not re.search('out of memory|failed to alloc', str(error), re.I):
-            raise
-        problem, fix = 'There is not enough memory.', 'a smaller --max-size; on a GPU also more --slices'
-    except KeyboardInterrupt as interruption:
-        say(f'\n{bold("Interrupted")} before the first evaluation: there is nothing to save.')
-        return 128 + interruption.args[0]
-    print(f'ERROR: {problem}\n  FIX: {fix}.', file=sys.stderr)
-    return 2
-
-
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
-FIRST = {'vgg19': (0.341195, 0.339992, -0.0448442),                   # the first row of conv1_1, as correlation on BGR,
-         'vgg16': (0.4294706, 0.3734670, -0.0613601)}                 # tells how the colours and filters of a file lie
+# Fingerprint, which tells channel order and filter flip: the first row of conv1_1, as cross-correlation on BGR.
+FIRST = {'vgg19': (0.341195, 0.339992, -0.0448442), 'vgg16': (0.4294706, 0.3734670, -0.0613601)}
 
 # VGG19 as Keras publishes it. Hosts vanish: a file is known by its size and checksum, not by its address.
 KERAS = {'file': 'vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5', 'bytes': 80_134_624,
@@ -1502,12 +1320,12 @@ def read_h5(path):
     layers = {}
     with h5py.File(path, 'r') as file:
         for group in file:
-            match = re.fullmatch(r'block(\d)_conv(\d)', group)
-            if match:
+            name = re.fullmatch(r'block(\d)_conv(\d)', group)
+            if name:
                 arrays = []
-                file[group].visititems(lambda name, item: arrays.append(item[()]) if hasattr(item, 'shape') else None)
+                file[group].visititems(lambda _, item: arrays.append(item[()]) if hasattr(item, 'shape') else None)
                 W, b = sorted(arrays, key=np.ndim, reverse=True)
-                layers['_'.join(match.groups())] = W.transpose(3, 2, 0, 1), b
+                layers['_'.join(name.groups())] = W.transpose(3, 2, 0, 1), b
     return layers
 
 
@@ -1518,7 +1336,7 @@ def read_npz(path):
 
 
 def read_weights(path):
-    """A pre-trained network, with its filters turned and its colours ordered as we use them.
+    """A pre-trained network, its filters flipped and its colours ordered as we use them.
 
     Parameters
     ----------
@@ -1544,31 +1362,42 @@ def read_weights(path):
     try:
         layers = {name: tuple(np.asarray(array, dtype=np.float32) for array in pair)
                   for name, pair in reader(path).items()}
+        kind = 'vgg19' if '3_4' in layers else 'vgg16'
+        layers = known_layers(layers, kind)
     except PermissionError:
         raise forbidden(path) from None
     except Exception as error:  # a broken file can raise anything in the libraries that read it
         raise UserError(f'{path!r} cannot be read as weights: {one_line(error)}.', fix) from None
+    layers, layout = mended(layers, kind)
+    remark = {None: f'{path!r} is not a known VGG network: its colours and filters are taken as they are.',
+              'BGR': None}.get(layout, f'{path!r} is stored as {layout}: mended.')
+    with open(path, 'rb') as file:
+        checksum = hashlib.file_digest(file, 'sha256').hexdigest()
+    return Weights(kind, layers, path, checksum), remark
 
-    kind = 'vgg19' if '3_4' in layers else 'vgg16'
+
+def known_layers(layers, kind):
+    """The layers of a network as far as there are any, in order; ValueError where one is missing or misshapen."""
     names = layer_names(kind)
     names = names[:max([names.index(name) + 1 for name in layers if name in names], default=1)]
     for before, name in zip([3, *map(filters, names)], names):
         shapes = [(filters(name), before, 3, 3), (filters(name),)]
         found = [array.shape for array in layers.get(name, ())] or 'nothing'
         if found != shapes:
-            raise UserError(f'{path!r}: conv{name} should have arrays of {shapes}, but there is {found}.', fix)
+            raise ValueError(f'conv{name} should have arrays of {shapes}, but there is {found}')
+    return {name: layers[name] for name in names}
 
-    remark = f'{path!r} is not a known VGG network: its colours and filters are taken as they lie.'
+
+def mended(layers, kind):
+    """Layers as cross-correlation on BGR, and how they were stored, by `FIRST`; None where that tells nothing."""
     first = layers['1_1'][0]
-    for order, colours in (('BGR', slice(None)), ('RGB', slice(None, None, -1))):
-        for turned, step in (('', 1), (', filters turned', -1)):
-            if np.allclose(first[0, colours][0, ::step, ::step][0], FIRST[kind], atol=1e-3):
+    for order, channels in (('BGR', np.s_[:]), ('RGB', np.s_[::-1])):
+        for flip, step in (('', 1), (', filters flipped', -1)):
+            if np.allclose(first[0, channels][0, ::step, ::step][0], FIRST[kind], atol=1e-3):
                 layers = {name: (W[:, :, ::step, ::step], b) for name, (W, b) in layers.items()}
-                layers['1_1'] = layers['1_1'][0][:, colours], layers['1_1'][1]
-                remark = f'{path!r} lies as {order}{turned}: mended.' if order == 'RGB' or turned else None
-    with open(path, 'rb') as file:
-        checksum = hashlib.file_digest(file, 'sha256').hexdigest()
-    return Weights(kind, {name: layers[name] for name in names}, path, checksum), remark
+                layers['1_1'] = layers['1_1'][0][:, channels], layers['1_1'][1]
+                return layers, order + flip
+    return layers, None
 
 
 def download(address, part):
@@ -1668,10 +1497,10 @@ def find_weights(options):
 
 def cgroup(kind, unified, *legacy):
     """The numbers in a file of this process's cgroup and of each above it: v2, or v1, which has several files."""
-    groups = []
+    lines = []
     with contextlib.suppress(OSError), open('/proc/self/cgroup') as file:
-        groups = [line.rstrip('/\n').split(':', 2) for line in file]
-    for _, kinds, path in groups:                                       # a container sees its own as /
+        lines = [line.rstrip('/\n').split(':', 2) for line in file]
+    for _, kinds, path in lines:                                        # a container sees its own as /
         folder, files = (f'/{kind}', legacy) if kinds else ('', [unified])
         for depth in range(path.count('/') + 1 if kind in kinds.split(',') or not kinds else 0):
             with contextlib.suppress(OSError, ValueError):              # no such file; 'max', which is no number
@@ -1721,6 +1550,28 @@ def check_memory(inputs, options):
     fix = fix if longest >= 64 else 'close other programs, or use a machine with more memory'
     raise UserError(f'{size[0]}x{size[1]} pixels in the style of {style_size[0]}x{style_size[1]} need about '
                     f'{needed / 1e9:.1f} GB of memory, and there are {limit / 1e9:.1f} GB.', fix)
+
+
+def check_sizes(inputs, options):
+    """Refuse pictures that are too small for the layers, and a style that is transparent as far as a layer sees."""
+    if options.output_size and (inputs.content is not None or inputs.content_map is not None):
+        raise UserError('--output-size is for texture synthesis; here the content or its map gives the size.',
+                        'leave --output-size out')
+    # A layer whose patches are matched needs one of 3x3, any other one pixel, in the smallest phase.
+    patched, style_size = options.style_layers if style_term(options).patched else [], inputs.style.shape[1::-1]
+    least, layer = max((stride(layer) * (3 if layer in patched else 1), layer) for layer in
+                       options.style_layers + (options.content_layers if inputs.content is not None else []))
+    for name, (width, height) in (('result', inputs.size), ('style picture', style_size)):
+        if min(phase_size((width, height), 0, options.phases)) < least:
+            fits = int(math.log2(max(1, min(width, height) / least))) + 1
+            raise UserError(f'The {name}, {width}x{height}, is too small for conv{layer} in the first of '
+                            f'{options.phases} phases, where its sides must be {least} or more.',
+                            f'--phases={fits}' if min(width, height) >= least else 'use a larger picture')
+    cut_out = () if inputs.style_alpha is None else options.style_layers
+    for phase, layer in itertools.product(range(options.phases), cut_out):
+        if not pooled_map(inputs.style_alpha, phase_size(style_size, phase, options.phases), layer).any():
+            raise UserError(f'All of {options.style!r} is transparent, as conv{layer} sees it in phase {phase}.',
+                            'use a style picture that shows something')
 
 
 def operations(size, style_size, layers, patched):
@@ -1918,6 +1769,24 @@ def open_device(options, inputs=None):
     return used
 
 
+def set_theano_flags(device):
+    """Set THEANO_FLAGS: ours, and over them the user's; returns the device, which these may name, too."""
+    user = dict(flag.strip().split('=', 1) for flag in os.environ.get('THEANO_FLAGS', '').split(',') if '=' in flag)
+    device = user.pop('device', device)
+    if user.get('floatX', 'float32') != 'float32':
+        raise UserError(f"THEANO_FLAGS asks for floatX={user['floatX']}, and the program computes in float32.",
+                        'leave floatX out of THEANO_FLAGS')
+    flags = {'floatX': 'float32', 'device': 'cpu', 'dnn.enabled': 'False', 'print_active_device': 'False'}
+    if 'blas.ldflags' not in user:
+        flags.update(blas_flags())
+    if 'gcc.cxxflags' in user:                                         # adds to ours, without which BLAS has no names
+        user['gcc.cxxflags'] = f"{flags.get('gcc.cxxflags', '')} {user['gcc.cxxflags']}".strip()
+    if not os.access(os.path.expanduser('~'), os.W_OK):
+        flags['base_compiledir'] = os.path.join(tempfile.gettempdir(), f'theano-{os.getuid()}')
+    os.environ['THEANO_FLAGS'] = ','.join(f'{key}={value}' for key, value in {**flags, **user}.items())
+    return re.sub('^gpu', 'cuda', device)
+
+
 def import_theano(device):
     """Import Theano 1.0.5 and Lasagne 0.1 on a Python they were not made for, and open the device.
 
@@ -1935,20 +1804,7 @@ def import_theano(device):
     """
     global theano, T, lasagne, lbfgsb
     check_compiler()
-    user = dict(flag.strip().split('=', 1) for flag in os.environ.get('THEANO_FLAGS', '').split(',') if '=' in flag)
-    device = re.sub('^gpu', 'cuda', user.pop('device', device))
-    if user.get('floatX', 'float32') != 'float32':
-        raise UserError(f"THEANO_FLAGS asks for floatX={user['floatX']}, and the program computes in float32.",
-                        'leave floatX out of THEANO_FLAGS')
-    flags = {'floatX': 'float32', 'device': 'cpu', 'dnn.enabled': 'False', 'print_active_device': 'False'}
-    if 'blas.ldflags' not in user:
-        flags.update(blas_flags())
-    if 'gcc.cxxflags' in user:                                         # adds to ours, without which BLAS has no names
-        user['gcc.cxxflags'] = f"{flags.get('gcc.cxxflags', '')} {user['gcc.cxxflags']}".strip()
-    if not os.access(os.path.expanduser('~'), os.W_OK):
-        flags['base_compiledir'] = os.path.join(tempfile.gettempdir(), f'theano-{os.getuid()}')
-    os.environ['THEANO_FLAGS'] = ','.join(f'{key}={value}' for key, value in {**flags, **user}.items())
-
+    device = set_theano_flags(device)
     logging.getLogger('theano').setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -1962,24 +1818,28 @@ def import_theano(device):
             x, ws=ds, ignore_border=ignore_border, stride=st, pad=padding, mode=mode)
         sys.modules[downsample.__name__] = theano.tensor.signal.downsample = downsample
         import lasagne
+        from scipy.optimize import _lbfgsb as lbfgsb
         define_ops()
         keep_compiled_code()
         compile_quickly()
-        from scipy.optimize import _lbfgsb as lbfgsb
-        if device == 'cpu':
-            return device, None
-        try:
-            import pygpu  # noqa: F401, first, since what Theano says of its absence helps nobody
-            if device.startswith('cuda'):
-                check_cuda(device)
-            import theano.gpuarray
-            theano.gpuarray.use(device, force=True)
-            return device, None
-        except UserError as error:
-            problem, fix = error.args
-        except Exception as error:  # libgpuarray's own errors, and whatever loading it may raise
-            problem, fix = one_line(error) + '.', 'see README, Troubleshooting, or use --device=cpu'
-    return 'cpu', UserError(f'{device} cannot be used: {problem}', fix)
+        trouble = open_gpu(device) if device != 'cpu' else None
+    return 'cpu' if trouble else device, trouble
+
+
+def open_gpu(device):
+    """Have Theano use a GPU; returns None, or the `UserError` that tells why it cannot."""
+    try:
+        import pygpu  # noqa: F401, first, since what Theano says of its absence helps nobody
+        if device.startswith('cuda'):
+            check_cuda(device)
+        import theano.gpuarray
+        theano.gpuarray.use(device, force=True)
+        return None
+    except UserError as error:
+        problem, fix = error.args
+    except Exception as error:  # libgpuarray's own errors, and whatever loading it may raise
+        problem, fix = one_line(error) + '.', 'see README, Troubleshooting, or use --device=cpu'
+    return UserError(f'{device} cannot be used: {problem}', fix)
 
 
 # ---- engine ----------------------------------------------------------------------------------------------------------
@@ -1994,95 +1854,103 @@ def winograd(W):
     return np.concatenate(panels, axis=1, dtype=np.float32)
 
 
+class CompiledOp:
+    """What both Ops have: float32 arrays, and code with OpenMP, which heeds OMP_NUM_THREADS and the CPU set."""
+
+    props = ()
+
+    def apply(self, inputs, dimensions, outputs):
+        """The node, once its inputs are known to have these dimensions."""
+        inputs = [T.as_tensor_variable(variable) for variable in inputs]
+        for variable, ndim in zip(inputs, dimensions):
+            if variable.dtype != 'float32' or variable.ndim != ndim:
+                raise TypeError(f'{self}: {variable} should be float32 with {ndim} dimensions')
+        return theano.Apply(self, inputs, outputs)
+
+    def c_support_code(self):
+        return COMMON + self.code()
+
+    def c_code_cache_version(self):
+        return zlib.crc32(self.c_support_code().encode()), 1            # not hash(), which differs in every process
+
+    def c_compile_args(self):
+        return ['-fopenmp']
+
+    def call(self, function, arguments, sub):
+        """C code that calls a function and fails where it throws."""
+        return f'if (!guarded([&] {{ {function}({", ".join(arguments)}); }})) {sub["fail"]}'
+
+
+class ConvolutionOp(CompiledOp):
+    """The rectified 'same' convolution with 3x3 filters, or its gradient, by Winograd's F(4x4, 3x3) [LG15].
+
+    A tile of 4x4 pixels is made of 6x6 pixels of the input; that takes 36 products of (tiles, C) and (C, K) matrices
+    where it would be 144. The gradient, with respect to the input alone, is the convolution with transposed and turned
+    filters.
+
+    Parameters
+    ----------
+    pool : bool
+        Average the input over 2x2 pixels first.
+    backward : bool
+        Be the gradient.
+    """
+
+    props = 'pool', 'backward'
+
+    def __init__(self, pool=False, backward=False):
+        self.pool, self.backward = pool, backward
+
+    def code(self):
+        return CONVOLUTION
+
+    def make_node(self, *inputs):
+        """Forward x (H, W, C), filters, bias (K,), turned filters; backward dy, y (H, W, K), turned filters, x."""
+        return self.apply(inputs, (3, 3, 2, 3) if self.backward else (3, 2, 1, 2), [T.ftensor3()])
+
+    def L_op(self, inputs, outputs, gradients):
+        x, *_, turned = inputs
+        dx = Convolution(self.pool, True)(gradients[0], outputs[0], turned, x)
+        return [dx] + [theano.gradient.grad_undefined(self, k, inputs[k]) for k in (1, 2, 3)]
+
+    def c_code(self, node, name, inputs, outputs, sub):
+        function, inputs = ('backward', inputs) if self.backward else ('forward', inputs[:3])
+        return self.call(f'{function}<{int(self.pool)}>', [*inputs, f'&{outputs[0]}'], sub)
+
+
+class MatchingOp(CompiledOp):
+    """For every 3x3 patch i of u (H, W, D) the patch j of v (h, w, D) with the largest score, the first of equals.
+
+        S(i, j) = a(i) b(j) sum_d u(i + d) . v(j + d),        less penalty(j)
+
+    Where a and b are empty they are 1; where b(j) is 0 there is no patch j. The sum over the offsets d is taken over
+    shifted products of single pixels: they cost a ninth of the products of patches, no patch is ever stored, and of the
+    products only a few rows at a time.
+    """
+
+    def code(self):
+        return MATCHING
+
+    def make_node(self, u, v, a, b, *penalty):
+        """With `penalty` ((h - 2) (w - 2),) there is a second output: the largest S(i, j) of each j, without it."""
+        return self.apply((u, v, a, b, *penalty), (3, 3, 1, 1, 1), [T.lvector()] + [T.fvector() for _ in penalty])
+
+    def c_code(self, node, name, inputs, outputs, sub):
+        missing = ['NULL'] * (5 - len(inputs))
+        return self.call('matching', [*inputs, *missing, *(f'&{output}' for output in outputs), *missing], sub)
+
+
 def define_ops():
-    """The two Ops, as soon as there is Theano to derive them from; once, since they are pickled by name."""
+    """The Ops `Convolution` and `Matching`, as soon as there is Theano to derive them from; once.
+
+    Theano keeps compiled code by the pickled name of its Op, which must be the same for the script and its tests.
+    """
     global Convolution, Matching
-    if 'Matching' in globals():
-        return
-
-    class Compiled(theano.Op):
-        """An Op on float32 arrays, whose code is compiled with OpenMP; OMP_NUM_THREADS and the CPU set are heeded."""
-
-        __props__ = ()
-
-        def apply(self, inputs, dimensions, outputs):
-            """The node, once its inputs are known to have these dimensions."""
-            inputs = [T.as_tensor_variable(variable) for variable in inputs]
-            for variable, ndim in zip(inputs, dimensions):
-                if variable.dtype != 'float32' or variable.ndim != ndim:
-                    raise TypeError(f'{self}: {variable} should be float32 with {ndim} dimensions')
-            return theano.Apply(self, inputs, outputs)
-
-        def c_support_code(self):
-            return COMMON + self.code
-
-        def c_code_cache_version(self):
-            return zlib.crc32(self.c_support_code().encode()), 1          # not hash(), which differs in every process
-
-        def c_compile_args(self):
-            return ['-fopenmp']
-
-        def call(self, function, arguments, sub):
-            """C code that calls a function and fails where it throws."""
-            return f'if (!guarded([&] {{ {function}({", ".join(arguments)}); }})) {sub["fail"]}'
-
-    class Convolution(Compiled):
-        """The rectified 'same' convolution with 3x3 filters, or its gradient, by Winograd's F(4x4, 3x3) [LG15].
-
-        A tile of 4x4 pixels is made of 6x6 pixels of the input; that takes 36 products of (tiles, C) and (C, K)
-        matrices where it would be 144. The gradient, with respect to the input alone, is the convolution with
-        transposed and turned filters.
-
-        Parameters
-        ----------
-        pool : bool
-            Average the input over 2x2 pixels first.
-        backward : bool
-            Be the gradient.
-        """
-
-        __props__ = ('pool', 'backward')
-        code = CONVOLUTION
-
-        def __init__(self, pool=False, backward=False):
-            self.pool, self.backward = pool, backward
-
-        def make_node(self, *inputs):
-            """Forward x (H, W, C), filters, bias (K,), turned filters; backward dy, y (H, W, K), turned filters, x."""
-            return self.apply(inputs, (3, 3, 2, 3) if self.backward else (3, 2, 1, 2), [T.ftensor3()])
-
-        def L_op(self, inputs, outputs, gradients):
-            x, *_, turned = inputs
-            dx = Convolution(self.pool, True)(gradients[0], outputs[0], turned, x)
-            return [dx] + [theano.gradient.grad_undefined(self, k, inputs[k]) for k in (1, 2, 3)]
-
-        def c_code(self, node, name, inputs, outputs, sub):
-            function, inputs = ('backward', inputs) if self.backward else ('forward', inputs[:3])
-            return self.call(f'{function}<{int(self.pool)}>', [*inputs, f'&{outputs[0]}'], sub)
-
-    class Matching(Compiled):
-        """For every 3x3 patch i of u (H, W, D) the patch j of v (h, w, D) with the largest score, the first of equals.
-
-            S(i, j) = a(i) b(j) sum_d u(i + d) . v(j + d),        less penalty(j)
-
-        Where a and b are empty they are 1; where b(j) is 0 there is no patch j. The sum over the offsets d is taken
-        over shifted products of single pixels: they cost a ninth of the products of patches, no patch is ever stored,
-        and of the products only a few rows at a time.
-        """
-
-        code = MATCHING
-
-        def make_node(self, u, v, a, b, *penalty):
-            """With `penalty` ((h - 2) (w - 2),) there is a second output: the largest S(i, j) of each j, without it."""
-            return self.apply((u, v, a, b, *penalty), (3, 3, 1, 1, 1), [T.lvector()] + [T.fvector() for _ in penalty])
-
-        def c_code(self, node, name, inputs, outputs, sub):
-            missing = ['NULL'] * (5 - len(inputs))
-            return self.call('matching', [*inputs, *missing, *(f'&{output}' for output in outputs), *missing], sub)
-
-    # Theano keeps compiled code by the pickled name of its Op, which is the same for the script and its tests.
-    sys.modules.setdefault('doodle', sys.modules[__name__])
-    Convolution.__module__ = Matching.__module__ = 'doodle'
+    if 'Matching' not in globals():
+        sys.modules.setdefault('doodle', sys.modules[__name__])
+        Convolution, Matching = (
+            type(theano.Op)(kind.__name__[:-2], (kind, theano.Op), dict(__props__=kind.props, __module__='doodle'))
+            for kind in (ConvolutionOp, MatchingOp))
 
 
 def fast_convolution(W, b, pool):
@@ -2184,11 +2052,11 @@ def check_pixels(file, path):
     photographs.
     """
     size, tile = os.path.getsize(path), [int(tiff_tag(file, tag, 0)) for tag in (322, 323)]
-    pixels = max(math.prod(file.size), math.prod(tile))
+    claimed = max(math.prod(file.size), math.prod(tile))
     most, where = min((memory_limit() // PIXEL_BYTES, 'the free memory'),
                       (max(1 << 26, min(size << 13, 1 << 28), size << 6), f'a file of {size:,} bytes'))
-    if pixels > most:
-        raise UserError(f'{path!r} says that it has {pixels / 1e6:,.0f} million pixels, and {where} is good for '
+    if claimed > most:
+        raise UserError(f'{path!r} says that it has {claimed / 1e6:,.0f} million pixels, and {where} is good for '
                         f'{most / 1e6:,.0f} million.', SMALLER)
 
 
@@ -2196,8 +2064,8 @@ def scan_count(path):
     """How many scans the (first) JPEG at `path` has: each is decoded over all of its pixels."""
     marker, count, place = re.compile(rb'\xff([\xc0-\xcf\xd9-\xfe])'), 0, 0        # the others have no length
     with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        while (match := marker.search(content, place)) and match[1] != b'\xd9':             # end of the image
-            count, place = count + (match[1] == b'\xda'), match.end()
+        while (found := marker.search(content, place)) and found[1] != b'\xd9':             # end of the image
+            count, place = count + (found[1] == b'\xda'), found.end()
             place += int.from_bytes(content[place:place + 2], 'big')
     return count
 
@@ -2448,9 +2316,9 @@ def map_pixels(images):
             np.asarray(image.convert('RGBA').convert('RGB')) for k, image in enumerate(images)], numbered
 
 
-def colour_codes(pixels):
+def colour_codes(rgb):
     """(H, W, 3) uint8 RGB -> (H, W) numbers 0xRRGGBB, which sort faster than triples."""
-    return pixels @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    return rgb @ np.array([1 << 16, 1 << 8, 1], np.int32)
 
 
 def code_colours(codes):
@@ -2481,9 +2349,9 @@ def is_index_map(colours):
     thin = levels[inside < np.bincount(grey.ravel())[levels] / 4]
     between = set()                                                     # (low, thin level between, high)
     for g in (grey, grey.T):
-        sides = np.sort([g[:, :-2], g[:, 2:]], axis=0).astype(int)      # (2, H, W - 2)
-        blend = (sides[0] < g[:, 1:-1]) & (g[:, 1:-1] < sides[1]) & (sides[1] - sides[0] > NEAR)
-        between |= {(*ends, level) for *ends, level in zip(*sides[:, blend], g[:, 1:-1][blend]) if level in thin}
+        pairs = np.sort([g[:, :-2], g[:, 2:]], axis=0).astype(int)      # (2, H, W - 2)
+        blend = (pairs[0] < g[:, 1:-1]) & (g[:, 1:-1] < pairs[1]) & (pairs[1] - pairs[0] > NEAR)
+        between |= {(*ends, level) for *ends, level in zip(*pairs[:, blend], g[:, 1:-1][blend]) if level in thin}
     borders = [ends for *ends, _ in between]
     return len(thin) <= len(levels) / 2 and not any(borders.count(ends) > 1 for ends in borders)
 
@@ -2601,6 +2469,17 @@ def peaks(colours, flat, exact):
     return found[:64]
 
 
+def numbered_colours(maps):
+    """Maps (H, W, 3) as numbers (H, W) of all their colours, and these colours (N, 3)."""
+    codes = [colour_codes(rgb) for rgb in maps]
+    table = np.zeros(1 << 24, np.int32)                                 # of all colours; faster than to sort the pixels
+    for code in codes:
+        table[code] = 1
+    known = np.flatnonzero(table)
+    table[known] = np.arange(len(known))
+    return [table[code] for code in codes], code_colours(known)
+
+
 def painted_classes(maps):
     """The classes of maps painted by hand, and of each pixel the class that it belongs to.
 
@@ -2618,21 +2497,15 @@ def painted_classes(maps):
         RGB; 64 at most.
     labels : list of (H, W) int arrays
     """
-    codes = [colour_codes(colours) for colours in maps]
-    table = np.zeros(1 << 24, np.int32)                                 # of all colours; faster than to sort the pixels
-    for code in codes:
-        table[code] = 1
-    known = np.flatnonzero(table)
-    table[known] = np.arange(len(known))
-    numbers, colours = [table[code] for code in codes], code_colours(known)                 # (H, W), (N, 3)
-    even = [even_pixels(pixels, NOISE) for pixels in maps]
+    numbers, colours = numbered_colours(maps)                           # (H, W), (N, 3)
+    even = [even_pixels(m, NOISE) for m in maps]
 
     def shares(where):                                                  # of each map, by colour, (N, maps)
-        return np.stack([np.bincount(number[w], minlength=len(known)) / number.size
+        return np.stack([np.bincount(number[w], minlength=len(colours)) / number.size
                          for number, w in zip(numbers, where)], axis=1)
 
-    flat, exact = shares(even), shares([even_pixels(pixels, 0) for pixels in maps])
-    flat[flat.sum(axis=1) < shares([code >= 0 for code in codes]).sum(axis=1) / 4] = 0
+    flat, exact = shares(even), shares([even_pixels(m, 0) for m in maps])
+    flat[flat.sum(axis=1) < shares([number >= 0 for number in numbers]).sum(axis=1) / 4] = 0
     classes = colours[peaks(colours, flat, exact)]
     for _ in range(8):
         labels, ways = zip(*(sides(number, colours, classes, e) for number, e in zip(numbers, even)))
@@ -2843,7 +2716,72 @@ def import_automaps():
     return module
 
 
+def legend(classes, maps, labels):
+    """What each class covers of the maps, and what in them is likely a painting mistake, in lines.
+
+    Parameters
+    ----------
+    classes : (K, 3) array
+    maps, labels : dict of str to (H, W, 3) uint8 and (H, W) int arrays
+        By the name of their picture, ``'content'`` and ``'style'``.
+    """
+    names, codes = list(maps), colour_codes(classes.astype(np.int32))
+    shares = np.array([np.bincount(labels[name].ravel(), minlength=len(classes)) / labels[name].size for name in names])
+    lines = [f'{swatch(colour)}#{code:06x}  ' + '  '.join(f'{name} {share:6.1%}' for name, share in zip(names, covered))
+             for colour, code, covered in zip(classes.astype(int), codes, shares.T)]
+
+    most, owner = [], np.zeros(1 << 24, np.int16)                       # of each map: the commonest colour of a class
+    for name in names:
+        code = colour_codes(maps[name])
+        counts, owner[code] = np.bincount(code.ravel(), minlength=1 << 24), labels[name]
+        found = np.flatnonzero(counts)
+        found = found[np.argsort(counts[found], kind='stable')]
+        most.append(dict(zip(owner[found].tolist(), found.tolist())))   # of several the last stays
+    order = np.argsort(-shares.sum(axis=0), kind='stable').tolist()
+    pairs = [f'#{most[0][k]:06x} and #{most[-1][k]:06x}' for k in order
+             if all(k in colours for colours in most) and most[0][k] != most[-1][k]]
+    if pairs:
+        lines.append(f'One class, though not quite one colour in the {" and the ".join(names)}: {examples(pairs, 8)}.')
+
+    odd, alone = [], []
+    for k in order:
+        present = [name for name, share in zip(names, shares[:, k]) if share >= LEAST]
+        if len(present) == 1 < len(names):
+            alone.append(f'#{codes[k]:06x} in the map of the {present[0]} only ({shares[:, k].max():.1%})')
+    if alone:
+        odd.append(f'Colours without a counterpart: {examples(alone)}. FIX: paint each part in both maps')
+    if len(classes) > 16:
+        odd.append(f'The maps have {len(classes)} colours. FIX: a few large parts, each of one colour')
+    if 'style' in labels and (shares[names.index('style')] > 0).sum() == 1:
+        odd.append('The map of the style has a single class, so that maps make no difference. FIX: paint its parts')
+    return lines + [bold(f'WARNING: {text}.') for text in odd]
+
+
+def paint_maps(inputs, options):
+    """Have the missing maps painted; returns what that needs, as `find_weights` and `open_device` give it."""
+    if options.device == 'cpu':
+        check_memory(inputs, options)
+    automaps = import_automaps()
+    known = automaps.read_known(options)
+    network, device = find_weights(options), open_device(options, inputs)
+    automaps.paint_maps(options, *known, network[0], device == 'cpu')
+    return network, device
+
+
 # ---- files: what a run writes ----------------------------------------------------------------------------------------
+
+def expanded(path):
+    """A path with its ~ expanded; UserError where that means nothing."""
+    user, _, rest = path.partition('/')
+    if user.startswith('~') and mounts() is not None:
+        home = '$HOME' if user == '~' else f'/home/{user[1:]}'
+        raise UserError(f'{path!r}: ~ in a container is not your home.',
+                        f'mount that, -v "{home}:{home}", and give the path as "{home}/{rest}"')
+    found = os.path.expanduser(path)
+    if found.startswith('~') and not os.path.lexists(path):
+        raise UserError(f'{path!r}: there is no such user.', f'for a name that begins with ~ give ./{path}')
+    return found
+
 
 def same_file(a, b):
     """Whether two paths, there already or not, name one file."""
@@ -2991,10 +2929,10 @@ def written_whole(path):
         raise
 
 
-def write_picture(pixels, path):
-    """Write (H, W, 3) uint8 pixels, in the format that the ending of `path` stands for."""
+def write_picture(rgb, path):
+    """Write (H, W, 3) uint8 `rgb`, in the format that the ending of `path` stands for."""
     with written_whole(path) as file:
-        Image.fromarray(np.ascontiguousarray(pixels)).save(file, format=image_format(path), quality=95)
+        Image.fromarray(np.ascontiguousarray(rgb)).save(file, format=image_format(path), quality=95)
 
 
 def claim_frames(folder):
@@ -3010,6 +2948,30 @@ def claim_frames(folder):
             with contextlib.suppress(FileExistsError), open(command, 'x', errors='surrogateescape') as file:
                 file.write(' '.join(sys.argv) + '\n')
                 return place
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """What a run knows between two evaluations, and all that `--resume` needs."""
+
+    header: dict                                                        # its `provenance`
+    phase: int = 0
+    evaluation: int = 0                                                 # how many were made in this phase,
+    number: int = 0                                                     # and in all
+    error: float = 255.                                                 # largest slope of a pixel, a running mean
+    frames: str = None                                                  # the folder that it claimed
+    minimiser: Minimiser = None
+    memory: dict = None                                                 # `Objective.state`
+
+    def begin(self, phase, image, objective):
+        """A phase begins with an image."""
+        self.phase, self.evaluation, self.error = phase, 0, 255.
+        self.minimiser, self.memory = Minimiser(image), objective.state()
+
+    def count(self, evaluation):
+        """An evaluation was made."""
+        self.evaluation, self.number = self.evaluation + 1, self.number + 1
+        self.error = 0.9 * self.error + 0.1 * min(float(np.abs(evaluation.gradient).max()), 255)
 
 
 def provenance(inputs, weights, options):
@@ -3141,14 +3103,14 @@ class Journal:
     def __init__(self, options, places, size, at):
         self.options, self.places, self.size, self.saved, self.told = options, places, size, None, set()
         self.bar = tqdm(total=options.phases * options.iterations, initial=at.number, disable=None, leave=False)
-        self.log, self.unwritten, kept = None, b'', 0
+        self.log, self.unwritten, old = None, b'', 0
         if at.number and options.log and os.path.isfile(options.log):
             with open(options.log, 'rb') as file:
-                kept = sum(map(len, itertools.takewhile(lambda line: is_before(line, at), file)))
+                old = sum(map(len, itertools.takewhile(lambda line: is_before(line, at), file)))
         if options.log:
-            self.log = open(options.log, 'ab' if kept else 'wb', buffering=0)
-            if kept:
-                self.log.truncate(kept)
+            self.log = open(options.log, 'ab' if old else 'wb', buffering=0)
+            if old:
+                self.log.truncate(old)
             else:
                 self.write_log(at.header)
 
@@ -3179,8 +3141,8 @@ class Journal:
         for layer, term in objective.style.items():
             self.say(f'  - Style layer {layer}: {term.describe()}.')
         for layer, target in objective.target.items():
-            features = target.get_value(borrow=True)
-            self.say(f'  - Content layer conv{layer}: {features.shape[2]} features in {features.nbytes // 1000:,}kb.')
+            f = target.get_value(borrow=True)
+            self.say(f'  - Content layer conv{layer}: {f.shape[2]} features in {f.nbytes // 1000:,}kb.')
         self.say('')
         self.since = time.time()
 
@@ -3196,7 +3158,7 @@ class Journal:
         if self.options.save_every and number % self.options.save_every == 0:
             with self.spared(self.options.frames):
                 at.frames = at.frames or claim_frames(self.options.frames)
-                write_picture(pixels(x, x.shape[:0:-1]), os.path.join(at.frames, f'{number:04d}.png'))
+                write_picture(to_pixels(x, x.shape[:0:-1]), os.path.join(at.frames, f'{number:04d}.png'))
         self.write_log(dict(
             phase=at.phase, evaluation=at.evaluation - 1, total=evaluation.total, content=evaluation.content,
             style=evaluation.style, smooth=evaluation.smooth, gradient_l2=float(np.linalg.norm(evaluation.gradient)),
@@ -3227,7 +3189,7 @@ class Journal:
         """Write the last accepted image as the result, the last time where it can be; False if there is none."""
         if not at.number or self.saved is at.minimiser.image:
             return at.number > 0
-        picture, done = pixels(at.minimiser.image, self.size), False
+        picture, done = to_pixels(at.minimiser.image, self.size), False
         for path in filter(None, (self.places.output, self.places.copy)):
             done = False
             with self.spared(path):
@@ -3242,6 +3204,38 @@ class Journal:
                 break
         self.saved = at.minimiser.image if done else None
         return done
+
+
+def paint_and_save(objective, inputs, options, at, journal):
+    """Paint, and save what there is however that ends; returns the exit code."""
+    start, device, places = time.time(), at.header['device'], journal.places
+    try:
+        with contextlib.closing(journal.bar), Signals() as signals:
+            if at.number:
+                journal.say(f'  - Going on from `{places.checkpoint}`, after {at.number} evaluations.')
+            paint(objective, inputs, options, at, journal, signals)
+    except KeyboardInterrupt as interruption:
+        saved = 'there is nothing to save' if not at.number else 'the image so far could be written nowhere'
+        if journal.save(at):
+            saved = f'the image so far is in {kept(journal.places)}; --resume goes on from there'
+        journal.keep_now(at)
+        say(f'\n{bold("Interrupted")} after {at.number} evaluations on device `{device}`: {saved}.')
+        return 128 + interruption.args[0]
+    except FloatingPointError:
+        saved = f'the last good image is in {kept(journal.places)}' if journal.save(at) else 'nothing was saved'
+        raise UserError(f'The loss is no longer a number after {at.number} evaluations; {saved}.',
+                        'try smaller weights, or another --random-seed') from None
+    except Exception:                                                   # there may be no more memory, for one
+        if journal.save(at):
+            say(f'\nAfter {at.number} evaluations the image so far is in {kept(journal.places)}.')
+        raise
+    if journal.saved is None:
+        raise UserError('The result could not be written anywhere.', 'make room, and --resume')
+    with contextlib.suppress(OSError):
+        os.unlink(places.checkpoint)
+    say(f'\n{bold("Optimization finished")} in {time.time() - start:.1f}s, average pixel error {at.error:.1f}, '
+        f'on device `{device}`: {kept(journal.places)}.')
+    return 0
 
 
 # ---- files: what a run says ------------------------------------------------------------------------------------------
@@ -3703,6 +3697,40 @@ static void matching(PyArrayObject *image, PyArrayObject *style, PyArrayObject *
     (scaled ? match<true> : match<false>)(u, H, W, v, h, w, u.size(2), penalty, a, b, numbers, scores);
 }
 '''
+
+
+# ---- main ------------------------------------------------------------------------------------------------------------
+
+def main(arguments):
+    """Run the program; errors become one clear line and an exit code."""
+    return guarded(run, arguments)
+
+
+def guarded(program, arguments):
+    """What `program` returns for its `arguments`, an exit code; errors become one clear line and exit code 2."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))  # None: closed
+    handle_signals(interrupt)
+    try:
+        if sys.version_info[:2] != (3, 11):
+            raise UserError(f'This is Python {sys.version_info[0]}.{sys.version_info[1]}, and the program needs 3.11.',
+                            'run it with python3.11, in docker, or with uv run')
+        return program(arguments)
+    except UserError as error:
+        problem, fix = error.args
+    except ImportError as error:
+        problem, fix = f'{one_line(error)}.', 'install the packages: pip install -r requirements.txt'
+    except OSError as error:
+        problem = f'{error.filename or "A file"}: {error.strerror or one_line(error)}.'
+        fix = 'check the disk and its permissions'
+    except Exception as error:  # Theano's convolutions and libgpuarray have errors of their own for a lack of memory
+        if not isinstance(error, MemoryError) and not re.search('out of memory|failed to alloc', str(error), re.I):
+            raise
+        problem, fix = 'There is not enough memory.', 'a smaller --max-size; on a GPU also more --slices'
+    except KeyboardInterrupt as interruption:
+        say(f'\n{bold("Interrupted")} before the first evaluation: there is nothing to save.')
+        return 128 + interruption.args[0]
+    print(f'ERROR: {problem}\n  FIX: {fix}.', file=sys.stderr)
+    return 2
 
 
 if __name__ == '__main__':

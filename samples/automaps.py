@@ -142,7 +142,7 @@ def describe(pictures, weights, fast):
         height = np.linspace(-1, 1, len(cut))[:, None, None].repeat(cut.shape[1], axis=1)
         lab = segment_means(cut, color.rgb2lab(small))
         layers = [segment_means(cut, f / np.maximum(np.linalg.norm(f, axis=2, keepdims=True), 1e-6))
-                  for f in network(np.float32(doodle.planes(small)))]
+                  for f in network(np.float32(doodle.to_planes(small)))]
         known.append([X - X.mean(axis=0) for X in (lab / np.maximum(lab.std(axis=0), 1e-6), *layers)] +
                      [segment_means(cut, height)])
         segments.append(cut)

@@ -53,11 +53,11 @@ def measures(weights):
 def table(rows, style, content, maps, weights):
     """Lines of Markdown, one for each of `rows`, {title: (H, W, 3) picture}."""
     measure, features = measures(weights)
-    y, target = doodle.np.float32(doodle.planes(style)), features(doodle.np.float32(doodle.planes(content)))
+    y, target = doodle.np.float32(doodle.to_planes(style)), features(doodle.np.float32(doodle.to_planes(content)))
     lines = ['| | own part, conv3_1 | own part, conv4_1 | content | patches, conv3_1 | patches, conv4_1 | Gram |',
              '|---|---|---|---|---|---|---|']
     for title, picture in rows.items():
-        x = doodle.np.float32(doodle.planes(picture))
+        x = doodle.np.float32(doodle.to_planes(picture))
         loss, *patches, gram, j3, j4, f3, g3, f4, g4 = measure(x, y, target)
         shares = [100 * doodle.np.mean(part_of(maps.labels[0], f, layer) == part_of(maps.labels[1], g, layer)[j])
                   for layer, j, f, g in zip(PATCHES, (j3, j4), (f3, f4), (g3, g4))]

@@ -35,7 +35,7 @@ def faces(width, height):
     pictures = [doodle.resized(doodle.read_picture(str(samples / name)).pixels, to, method) for name, to, method in (
         ('hopper.png', size, doodle.Image.LANCZOS), ('astronaut.png', style_size, doodle.Image.LANCZOS),
         ('hopper_sem.png', size, doodle.Image.NEAREST), ('astronaut_sem.png', style_size, doodle.Image.NEAREST))]
-    return *map(doodle.planes, pictures[:2]), *pictures[2:]
+    return *map(doodle.to_planes, pictures[:2]), *pictures[2:]
 
 
 class Ours:
@@ -78,7 +78,7 @@ class Torch:
         with torch.no_grad():
             f, g = self.features(self.picture(content)), self.features(self.picture(style))
             self.target = f['4_2']
-            maps = [self.picture(doodle.planes(m)) for m in (content_map, style_map)]
+            maps = [self.picture(doodle.to_planes(m)) for m in (content_map, style_map)]
             self.maps = {layer: self.pooled(maps[0], layer) for layer in options.style_layers}
             self.keys = {layer: self.key(g[layer], self.pooled(maps[1], layer)) for layer in options.style_layers}
             self.patches = {layer: self.unfold(g[layer]) for layer in options.style_layers}

@@ -119,7 +119,7 @@ def test_a_whole_run_is_that_of_the_plain_formulas(doodle, tmp_path, evaluations
                                     '--variety=0.1', *choices])
     inputs, _ = doodle.read_inputs(options)
     size, style_size = (48, 56), (62, 54)
-    content, style = (doodle.planes(doodle.resized(picture, to, doodle.Image.LANCZOS))
+    content, style = (doodle.to_planes(doodle.resized(picture, to, doodle.Image.LANCZOS))
                       for picture, to in ((inputs.content, size), (inputs.style, style_size)))
     engine, plain = (doodle.Objective(weights, options, True, inputs.style_map is not None, fast) for fast in (True, False))
     for objective in (engine, plain):

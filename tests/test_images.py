@@ -915,12 +915,12 @@ def test_between_phases_colours_stay_within_0_and_255():
 
 def test_the_result_is_clipped_cut_and_enlarged_as_by_the_original():
     x = np.linspace(-6, 262, 48).reshape(3, 4, 4)
-    assert doodle.pixels(x, (4, 4)).tolist() == [
+    assert doodle.to_pixels(x, (4, 4)).tolist() == [
         [[176, 85, 0], [182, 90, 0], [187, 96, 5], [193, 102, 11]],
         [[199, 108, 16], [204, 113, 22], [210, 119, 28], [216, 125, 33]],
         [[222, 130, 39], [227, 136, 45], [233, 142, 51], [239, 147, 56]],
         [[244, 153, 62], [250, 159, 68], [255, 165, 73], [255, 170, 79]]]
-    enlarged = doodle.pixels(x, (6, 7))
+    enlarged = doodle.to_pixels(x, (6, 7))
     assert enlarged.shape == (7, 6, 3)
     assert enlarged[0].tolist() == [[174, 83, 0], [177, 85, 0], [181, 89, 0], [184, 93, 2], [188, 98, 6], [191, 100, 9]]
     assert enlarged[6].tolist() == [[246, 155, 64], [249, 157, 67], [253, 162, 71], [255, 166, 74], [255, 170, 78],

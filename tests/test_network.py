@@ -104,14 +104,14 @@ def test_colours_and_filters_are_mended_to_bgr_and_correlation(doodle, tmp_path,
         layers['1_1'] = layers['1_1'][0][:, ::-1], layers['1_1'][1]
     weights, remark = doodle.read_weights(save(tmp_path / f'a.{save.__name__[5:]}', layers))
     assert same(weights.layers, top)
-    assert ('RGB' in (remark or ''), 'turned' in (remark or '')) == (rgb, turned)
+    assert ('RGB' in (remark or ''), 'flipped' in (remark or '')) == (rgb, turned)
 
 
 def test_a_pickle_that_was_not_turned_is_mended(doodle, tmp_path):
     layers = hollow(doodle, 'vgg16')
     turned = {name: (W[:, :, ::-1, ::-1], b) for name, (W, b) in layers.items()}
     weights, remark = doodle.read_weights(save_pickle(tmp_path / 'a.pkl', turned))
-    assert 'turned' in remark and same(weights.layers, layers)
+    assert 'flipped' in remark and same(weights.layers, layers)
 
 
 def test_an_unknown_network_is_taken_as_it_lies_and_said_to_be_unknown(doodle, tmp_path, top):
@@ -272,7 +272,7 @@ def test_every_layer_has_a_factor_and_those_of_vgg19_change_nothing(doodle):
 def test_content_is_as_large_a_part_of_the_loss_as_with_vgg19(doodle, content, style, share):
     """Of the first evaluation, at pictures on which nothing was fitted."""
     folder = ROOT / 'samples' if content == 'raccoon.jpg' else Path(data.data_dir)
-    content, style = (doodle.planes(doodle.limited(doodle.read_picture(folder / name).pixels, 120, doodle.Image.LANCZOS))
+    content, style = (doodle.to_planes(doodle.limited(doodle.read_picture(folder / name).pixels, 120, doodle.Image.LANCZOS))
                       for name in (content, style))
     objective = doodle.Objective(doodle.read_weights(BUNDLE)[0], doodle.parse_options(['--style=-']), True, False, True)
     objective.set_phase(content, style, None, None, content.shape[:0:-1])

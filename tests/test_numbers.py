@@ -155,7 +155,7 @@ def test_evaluations(doodle, objectives, image, style, classes, narrow, w, seed)
                       content_layers=('2_2',), variety=.2, semantic_weight=w, balance=doodle.balance('vgg16'))
     x = rng.uniform(0, 255, (3, *image))
     total, losses, gradient, matches = truth.evaluate(x)
-    content, painted = (doodle.planes(picture) for picture in pictures)
+    content, painted = (doodle.to_planes(picture) for picture in pictures)
     for objective in both:
         objective.set_phase(content, painted, *channels, image[::-1])
         ours = objective(x)

@@ -1,4 +1,5 @@
 """L-BFGS-B and the way through the phases, on losses that need no network."""
+import contextlib
 import signal
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ from scipy import optimize
 
 from conftest import NoNetwork
 from golden_data import FOLDER
+from test_twin import thin_weights
 
 SHAPE = 3, 6, 5
 
@@ -206,7 +208,7 @@ def test_the_result_is_written_after_every_phase_at_full_size(doodle, painted):
     seen = painted(Objective(doodle, pull=.5), '--phases=3', '--iterations=5')
     assert seen.saved == [(3, 28, 24), (3, 56, 48), (3, 112, 96)]
     written = doodle.read_picture('out.png').pixels
-    assert (written == doodle.pixels(seen.at.minimiser.image, (96, 112))).all()
+    assert (written == doodle.to_pixels(seen.at.minimiser.image, (96, 112))).all()
 
 
 @pytest.mark.parametrize('evaluations', [5, 6, 7, 15, 20])
@@ -214,12 +216,42 @@ def test_an_interruption_leaves_the_last_accepted_image(doodle, painted, evaluat
     objective = Objective(doodle, pull=.5, fails_at=evaluations)
     seen = painted(objective, '--phases=2', '--iterations=12')
     written = doodle.read_picture('out.png').pixels
-    assert (written == doodle.pixels(seen.at.minimiser.image, (96, 112))).all()
-    assert (written != doodle.pixels(objective.asked[0], (96, 112))).any()
+    assert (written == doodle.to_pixels(seen.at.minimiser.image, (96, 112))).all()
+    assert (written != doodle.to_pixels(objective.asked[0], (96, 112))).any()
     if evaluations > 13:
-        assert (written != doodle.pixels(objective.asked[12], (96, 112))).any()
+        assert (written != doodle.to_pixels(objective.asked[12], (96, 112))).any()
 
 
 def test_an_interruption_before_the_first_evaluation_leaves_nothing(doodle, painted, tmp_path):
     seen = painted(Objective(doodle, fails_at=0), '--phases=1')
     assert seen.journal.save(seen.at) is False and not (tmp_path / 'out.png').exists()
+
+
+def test_after_a_loss_that_is_no_number_the_matches_are_computed_anew(doodle):
+    """With --cache=1 the matches are those of the phase's first image, until the run goes on from another one."""
+    weights = doodle.Weights('vgg19', {name[4:]: pair for name, pair in thin_weights().items()}, '', '')
+    options = doodle.parse_options(['--style=-', '--style-layers=2_1', '--content-weight=0', '--cache=1'])
+    style, noise = (np.random.default_rng(seed).uniform(0, 255, (3, 24, 22)) for seed in (1, 2))
+
+    def started(image):
+        objective = doodle.Objective(weights, options, False, False, fast=True)
+        objective.set_phase(None, style, None, None, (22, 24))
+        at = doodle.Checkpoint({})
+        at.begin(0, image, objective)
+        return objective, at, lambda: doodle.evaluate(objective, at, SimpleNamespace(record=lambda *_: None),
+                                                      SimpleNamespace(heard=contextlib.nullcontext))
+    objective, at, evaluate = started(noise)
+    for _ in range(8):
+        evaluate()
+    matches, image = objective.style['2_1'].matches.get_value(), at.minimiser.image
+    assert (image != noise).any() and at.number == 8
+    at.minimiser.ask()[:] = np.nan
+    with pytest.raises(FloatingPointError) as error:
+        evaluate()
+    assert (objective.style['2_1'].matches.get_value() == matches).all() and at.number == 8
+    at.minimiser.recover(error.value)
+    evaluate()
+    anew, _, evaluate_anew = started(image)
+    evaluate_anew()
+    found = objective.style['2_1'].matches.get_value()
+    assert (found == anew.style['2_1'].matches.get_value()).all() and (found != matches).any()

@@ -222,14 +222,24 @@ def test_the_largest_random_seed_that_is_drawn_can_be_given_again(tmp_path, monk
     assert program.parse_options(['--style=a.png', f'--random-seed={seed}']).random_seed == seed
 
 
-def test_help_needs_no_package_and_lists_every_option_in_its_group():
+def light(option):
+    """What an option prints that needs none of the packages."""
     text, modules = python(
         'import runpy, sys\n'
-        'sys.argv = ["doodle.py", "--help"]\n'
+        f'sys.argv = ["doodle.py", "{option}"]\n'
         'try: runpy.run_path("doodle.py", run_name="__main__")\n'
         'except SystemExit as end: assert not end.code\n'
         'print("MODULES", *sys.modules)', COLUMNS='120').split('MODULES')
     assert not {'numpy', 'PIL', 'theano', 'lasagne', 'scipy', 'h5py', 'tqdm'} & set(modules.split())
+    return text
+
+
+def test_the_version_needs_no_package():
+    assert light('--version') == f'doodle.py {program.__version__}\n' and program.__version__.count('.') == 2
+
+
+def test_help_needs_no_package_and_lists_every_option_in_its_group():
+    text = light('--help')
     for title, rows in program.OPTIONS.items():
         section = text.split(f'\n{title}:\n')[1].split('\n\n')[0]
         assert re.findall(r'^  (--\S+)', section, re.MULTILINE) == [flag for flag, *_ in rows]

@@ -274,6 +274,32 @@ def test_a_broken_checkpoint_is_refused_and_kept(painted, content):
     assert open(CHECKPOINT, 'rb').read() == before
 
 
+def rewritten(**changes):
+    """Change what a checkpoint says of itself; None takes it out."""
+    with open(CHECKPOINT, 'r+b') as file:
+        state = json.loads(str(np.load(file))) | changes
+        arrays = [np.load(file) for _ in state['arrays']]
+        file.truncate(0)
+        file.seek(0)
+        for array in (json.dumps({name: value for name, value in state.items() if value is not None}), *arrays):
+            np.save(file, array)
+
+
+def test_another_version_is_resumed_and_another_format_is_not(doodle, painted):
+    with pytest.raises(Killed):
+        painted(at={12: stop(Killed)})
+    for changes, words in ((dict(format=99, version='9.8.7'), 'format 99 by doodle.py 9.8.7'),
+                           (dict(format=None, version=None), 'format 0 by doodle.py before 1.0.0')):
+        shutil.copy(CHECKPOINT, 'kept')
+        rewritten(**changes)
+        refused = painted('--resume')
+        assert refused.code == 2 and words in refused.err and f'this is {doodle.__version__}, ' in refused.err
+        assert refused.err.count('\n') == 2 and not refused.asked
+        shutil.copy('kept', CHECKPOINT)
+    rewritten(version='0.9')
+    assert painted('--resume').code == 0
+
+
 def test_a_checkpoint_that_is_not_wanted_is_mentioned_and_replaced(painted):
     with pytest.raises(Killed):
         painted(at={12: stop(Killed)})
