@@ -390,7 +390,7 @@ def read_maps(inputs, options):
 
 def map_pair(inputs, options):
     """The maps of both pictures, (H, W, K) uint8 arrays, or None where none are wanted; and remarks."""
-    if METHODS[options.method][1].get('semantic_weight', 0) is None:
+    if not style_term(options).reads_maps:
         return (None, None), [f'Method {options.method}, which reads no semantic maps.']
     pictures = {'content': (options.content, inputs.content), 'style': (options.style, inputs.style)}
     paths = dict(zip(pictures, map_paths(options)))
@@ -797,7 +797,7 @@ class PatchTerm:
 
     degree = 2                                                          # of the loss in the features
     power = 1.25                                                        # of the smoothness that belongs to the method
-    patched = True
+    patched = reads_maps = True
 
     def __init__(self, options, numbers, semantic, transparent, slices, fast):
         self.numbers, self.slices, self.match_patches = numbers, slices, fast_match if fast else match
@@ -878,7 +878,7 @@ class PatchTerm:
 class WholePatchTerm(PatchTerm):
     """The style loss of a layer by patches that are normalised as a whole, matched by features alone [LW16]."""
 
-    power = 1
+    power, reads_maps = 1, False
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -906,7 +906,7 @@ class GramTerm:
     Its parameters and methods are those of `PatchTerm`; it has no matches.
     """
 
-    degree, power, patched, matches, remembered = 4, 1.25, False, None, {}
+    degree, power, patched, reads_maps, matches, remembered = 4, 1.25, False, False, None, {}
 
     def __init__(self, options, numbers, semantic, transparent, slices, fast):
         self.gram, self.layers = shared(2), len(options.style_layers)   # A, (C, C)
@@ -1529,7 +1529,7 @@ def memory_needed(size, style_size, options):
         return sum(4 * filters(name) / stride(name) ** 2 for name in names)
     style = floats(options.style_layers)
     network = floats(layer_names('vgg19', options.style_layers + options.content_layers))
-    patched = style if options.method != 'gatys' else 0
+    patched = style if style_term(options).patched else 0
     painting = ((1.45 * network + 1.35 * style + 1.5 * patched) * math.prod(size) +
                 2.7 * patched * copy_count(options) * math.prod(style_size))
     return max(570e6, 430e6 + painting)                                 # at first for the weights and their compilation
@@ -1588,7 +1588,7 @@ def plan(inputs, options):
     """The run that would be, in lines: phases, patches, memory, and the time on this CPU, by its speed in NumPy."""
     style_size, total, lines = inputs.style.shape[1::-1], 0, []
     layers = options.style_layers + (options.content_layers if inputs.content is not None else [])
-    patched = options.style_layers if options.method != 'gatys' and options.style_weight else []
+    patched = options.style_layers if style_term(options).patched and options.style_weight else []
     square = np.ones((2048, 2048), np.float32)
     square @ square                                                     # wakes the cores
     start = time.perf_counter()
@@ -3282,7 +3282,7 @@ def progress_line(number, evaluation, error, seconds):
 def lost_content(evaluation, options):
     """What to say where the content is less than 1 % of the loss, or None; who asks for a weight below 1 has it so."""
     content = sum(evaluation.content.values())
-    if options.method == 'gatys' or options.content_weight < 1 or not 0 < content < 0.01 * evaluation.total:
+    if not style_term(options).patched or options.content_weight < 1 or not 0 < content < 0.01 * evaluation.total:
         return None
     weight = options.content_weight * (evaluation.total / content - 1)  # would make it half of this loss
     return bold(f'WARNING: after the first phase the content is {100 * content / evaluation.total:.1g} % of the loss, '

@@ -82,9 +82,9 @@ def labelled(panels, columns, height=300):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--content', type=doodle.path, default=f'{ROOT}/samples/hopper.png',
+    parser.add_argument('--content', type=doodle.parse_path, default=f'{ROOT}/samples/hopper.png',
                         help='with its map beside it')
-    parser.add_argument('--style', type=doodle.path, default=f'{ROOT}/samples/astronaut.png',
+    parser.add_argument('--style', type=doodle.parse_path, default=f'{ROOT}/samples/astronaut.png',
                         help='with its map beside it')
     parser.add_argument('--max-size', default='256', help='the longer side (default: 256)')
     parser.add_argument('--phases', default='3', help='(default: 3)')
@@ -92,8 +92,8 @@ def main():
     parser.add_argument('--rotations', default='1', help="Li & Wand's, 2 in the paper (default: 1)")
     parser.add_argument('--scales', default='1', help="Li & Wand's, 3 in the paper (default: 1)")
     parser.add_argument('--random-seed', default='1', help='(default: 1)')
-    parser.add_argument('--weights', type=doodle.path, help='as of doodle.py')
-    parser.add_argument('--output', type=doodle.path, default='comparison.jpg', help='(default: comparison.jpg)')
+    parser.add_argument('--weights', type=doodle.parse_path, help='as of doodle.py')
+    parser.add_argument('--output', type=doodle.parse_path, default='comparison.jpg', help='(default: comparison.jpg)')
     a = parser.parse_args()
     common = [f'--{name.replace("_", "-")}={value}' for name, value in vars(a).items()
               if value and name not in ('output', 'rotations', 'scales')] + ['--save-every=0']

@@ -45,9 +45,13 @@ def evaluations(weights, names, maps, size):
         paths = [doodle.map_path(found(name), '_sem.png') for name in pair]
         if maps and not all(map(os.path.exists, paths)):
             continue
-        channels = doodle.map_channels(list(map(doodle.read_picture, paths)))[0] if maps else (None, None)
-        content, style = (doodle.to_planes(doodle.limited(doodle.read_picture(found(name)).pixels, size, doodle.Image.LANCZOS))
-                          for name in pair)
+        pictures = [(found(name), doodle.limited(doodle.read_picture(found(name)).pixels, size, doodle.Image.LANCZOS))
+                    for name in pair]
+        channels = None, None
+        if maps:
+            classes, colours, labels, _ = doodle.classify_maps(paths, pictures)
+            channels, _ = doodle.map_channels(colours, classes, labels)
+        content, style = (doodle.to_planes(pixels) for _, pixels in pictures)
         objective.set_phase(content, style, *channels, content.shape[:0:-1])
         noise = np.random.default_rng(1).uniform(16, 240, content.shape)
         terms[pair, maps, size] = [objective(x) for x in (noise, content)]

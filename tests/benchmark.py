@@ -168,8 +168,8 @@ def alone(form, size, arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--size', type=doodle.size, default=(559, 384))
-    parser.add_argument('--weights', type=doodle.path, default=str(ROOT / 'vgg16.npz'))
+    parser.add_argument('--size', type=doodle.parse_size, default=(559, 384))
+    parser.add_argument('--weights', type=doodle.parse_path, default=str(ROOT / 'vgg16.npz'))
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--skip', default='', help='forms to leave out: plain,torch')
     parser.add_argument('--alone', help=argparse.SUPPRESS)

@@ -33,6 +33,13 @@ class NoNetwork:
         self.history, self.fresh = state['history'], bool(state['fresh'])
 
 
+def minimised(minimiser, evaluate, evaluations):
+    """Minimise `evaluate`, x -> (loss, gradient), for so many evaluations; returns the minimiser."""
+    for _ in range(evaluations):
+        minimiser.tell(*evaluate(minimiser.ask()))
+    return minimiser
+
+
 @pytest.fixture(scope='session')
 def doodle():
     """The program's functions, with NumPy, Pillow and Theano imported."""

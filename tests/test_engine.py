@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import twin
-from conftest import ROOT
+from conftest import ROOT, minimised
 from golden_data import FOLDER
 from test_matching import brute_force
 
@@ -130,14 +130,14 @@ def test_a_whole_run_is_that_of_the_plain_formulas(doodle, tmp_path, evaluations
         nonlocal compared
         ours, theirs = engine(x), plain(x)
         assert ours.content['4_2'] == pytest.approx(theirs.content['4_2'], rel=1e-5, abs=1e-6 * ours.total)
-        for layer, matches in engine.matches.items():
-            differ = matches.get_value() != plain.matches[layer].get_value()
+        for layer, term in engine.style.items():
+            differ = term.matches.get_value() != plain.style[layer].matches.get_value()
             assert differ.mean() <= 0.01, 'more than ties'
             if not differ.any():
                 assert ours.style[layer] == pytest.approx(theirs.style[layer], rel=1e-5)
                 compared += 1
         return ours.total, ours.gradient
-    doodle.Minimiser(content + np.random.default_rng(0).normal(size=content.shape)).run(evaluate, evaluations)
+    minimised(doodle.Minimiser(content + np.random.default_rng(0).normal(size=content.shape)), evaluate, evaluations)
     assert compared > 1.5 * evaluations                                                     # of 2 layers each
 
 

@@ -842,7 +842,8 @@ def test_an_ending_that_is_no_picture_is_refused(refused, pictures, name):
 
 
 def test_the_folder_of_the_result_is_made(pictures):
-    inputs('--style=texture_style.png', '--output=new/deep/out.png', '--log=other/log')
+    options = doodle.parse_options(['--style=texture_style.png', '--output=new/deep/out.png', '--log=other/log'])
+    doodle.check_files(options, doodle.place_output(options))
     assert os.listdir('new/deep') == os.listdir('other') == []
 
 
@@ -850,7 +851,8 @@ def test_frames_and_log_that_would_be_lost_with_a_container_are_told(pictures, m
     options = doodle.parse_options(['--style=face_style.png', '--content=face_content.png', '--log=log'])
     for mounted, lost in (({os.getcwd(): '/'}, []), ({'/elsewhere': '/'}, ['--frames', '--log']), (None, [])):
         monkeypatch.setattr(doodle, 'mounts', lambda: mounted)
-        warnings = [line.split()[1] for line in doodle.read_inputs(options)[1] if 'lost with the container' in line]
+        warnings = [line.split()[1] for line in doodle.check_files(options, doodle.place_output(options))
+                    if 'lost with the container' in line]
         assert warnings == lost
 
 
@@ -861,7 +863,7 @@ def test_the_map_of_a_doodle_stays_where_it_is_when_the_output_finds_another_pla
     monkeypatch.setattr(os, 'access', lambda path, mode: os.path.abspath(path) == frames)
     options = doodle.parse_options(['--style=tiny_style.png', '--output=tiny_target.png', '--phases=1'])
     read, _ = doodle.read_inputs(options)
-    assert options.output == os.path.join(frames, 'tiny_target.png') and read.size == (56, 64)
+    assert doodle.place_output(options).output == os.path.join(frames, 'tiny_target.png') and read.size == (56, 64)
     assert read.content_map is not None
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from conftest import NoNetwork
+from conftest import NoNetwork, minimised
 from golden_data import FOLDER
 from test_twin import thin_weights
 
@@ -30,13 +30,6 @@ class Quadratic:
 
 def random(low=0, high=255, seed=1):
     return np.random.default_rng(seed).uniform(low, high, SHAPE)
-
-
-def minimised(minimiser, evaluate, evaluations):
-    """Minimise `evaluate`, x -> (loss, gradient), for so many evaluations; returns the minimiser."""
-    for _ in range(evaluations):
-        minimiser.tell(*evaluate(minimiser.ask()))
-    return minimiser
 
 
 def constant(asked):
