@@ -46,8 +46,8 @@ def evaluations(weights, names, maps, size):
         if maps and not all(map(os.path.exists, paths)):
             continue
         channels = doodle.map_channels(list(map(doodle.read_picture, paths)))[0] if maps else (None, None)
-        content, style = (doodle.planes(doodle.limited(doodle.read_picture(found(name)).pixels, size, doodle.Image.LANCZOS))
-                          for name in pair)
+        pictures = (doodle.read_picture(found(name)).pixels for name in pair)
+        content, style = (doodle.planes(doodle.limited(picture, size, doodle.Image.LANCZOS)) for picture in pictures)
         objective.set_phase(content, style, *channels, content.shape[:0:-1])
         noise = np.random.default_rng(1).uniform(16, 240, content.shape)
         terms[pair, maps, size] = [objective(x) for x in (noise, content)]

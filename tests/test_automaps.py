@@ -104,7 +104,8 @@ def test_missing_maps_are_written_once(doodle, run, tmp_path, monkeypatch):
     (tmp_path / 'hopper_sem_preview.jpg').write_text('mine')
     first = run(tmp_path, *SMALL)
     assert first.returncode == 0, first.stderr
-    assert 'will be painted' not in first.stdout and 'will be painted' in run(tmp_path / 'new', *SMALL, '--check').stdout
+    assert 'will be painted' not in first.stdout
+    assert 'will be painted' in run(tmp_path / 'new', *SMALL, '--check').stdout
     names = 'astronaut_sem.png', 'astronaut_sem_preview.jpg', 'hopper_sem.png'
     assert all(f'`{name}`' in first.stdout for name in names) and '`hopper_sem_preview.jpg`' not in first.stdout
     assert (tmp_path / 'hopper_sem_preview.jpg').read_text() == 'mine'
@@ -142,7 +143,7 @@ def test_a_folder_that_cannot_be_written_is_refused(doodle, refused, tmp_path, m
     copied(tmp_path / 'theirs', *FACES)
     real = doodle.tempfile.TemporaryFile
 
-    def temporary(dir=None, **rest):                                    # root may write anywhere: mode bits show nothing
+    def temporary(dir=None, **rest):                                   # root may write anywhere: mode bits show nothing
         if dir == 'theirs':
             raise PermissionError(13, 'Permission denied')
         return real(dir=dir, **rest)

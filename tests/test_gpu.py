@@ -89,13 +89,13 @@ def test_slices_fit_the_memory(doodle):
 
 def make_nvidia(folder, driver, compiler, cards):
     """Libraries of a driver and a compiler for these versions of CUDA, and cards of these compute capabilities."""
-    sources = {'libnvrtc.so': 'int nvrtcVersion(int *a, int *b) { *a = %d; *b = %d; return 0; }' % compiler,
-               'libcuda.so.1': f"""
-        static int cards[][2] = {{{", ".join("{%d, %d}" % card for card in cards)}}};
+    sources = {'libnvrtc.so': 'int nvrtcVersion(int *a, int *b) {{ *a = {}; *b = {}; return 0; }}'.format(*compiler),
+               'libcuda.so.1': f'''
+        static int cards[][2] = {{{', '.join('{{{}, {}}}'.format(*card) for card in cards)}}};
         int cuDriverGetVersion(int *version) {{ *version = {1000 * driver[0] + 10 * driver[1]}; return 0; }}
         int cuInit(unsigned flags) {{ return {0 if cards else 100}; }}
         int cuDeviceGet(int *device, int n) {{ *device = n; return n < {len(cards)} ? 0 : 101; }}
-        int cuDeviceComputeCapability(int *a, int *b, int n) {{ *a = cards[n][0]; *b = cards[n][1]; return 0; }}"""}
+        int cuDeviceComputeCapability(int *a, int *b, int n) {{ *a = cards[n][0]; *b = cards[n][1]; return 0; }}'''}
     for name, source in sources.items():
         subprocess.run(['g++', '-shared', '-fPIC', '-xc++', '-', '-o', folder / name], text=True, check=True,
                        input=f'extern "C" {{ {source} }}')

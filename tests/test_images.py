@@ -5,7 +5,6 @@ import io
 import os
 import re
 import shutil
-import stat
 import struct
 import subprocess
 import sys
