@@ -21,6 +21,13 @@ def tool(doodle):
 
 
 @pytest.fixture(scope='module')
+def automaps(doodle):
+    """The module that has `shared_split`."""
+    doodle.import_skimage()
+    return doodle
+
+
+@pytest.fixture(scope='module')
 def faces(doodle):
     pictures = [doodle.read_picture(str(SAMPLES / name)).pixels for name in FACES]
     painted = [doodle.read_picture(doodle.map_path(str(SAMPLES / name), '_sem.png')).pixels for name in FACES]
@@ -85,6 +92,16 @@ def test_small_parts_that_share_a_superpixel_do_not_wreck_a_map(doodle):
     parts, colours = doodle.painted_parts([cut, cut + 4], np.float64([0, 1, 0, 0] * 2)[:, None], painted, 0)
     names = [tuple(colour) for colour in colours[parts]]
     assert names[4] == names[6] == names[7] == red and names[5] in (blue, green)
+
+
+@pytest.mark.parametrize('alone, near', [(30, 10), (-20, 0)])
+def test_a_branch_that_one_picture_lacks_goes_with_the_nearer_half(automaps, alone, near):
+    X = np.float64([0, 0, 0, 0, 10, 10, 10, 10, alone])[:, None]        # (n, 1)
+    shares = np.array(4 * [(.1, 0), (0, .1)] + [(.5, 0)])               # the last is not in the second picture
+    gain, side = automaps.shared_split(X, shares, .1)
+    assert gain == pytest.approx(8 * 5 ** 2)                            # two halves, all points 5 off their mean
+    assert side[:4].all() != side[4:8].all() and side[:4].any() != side[4:8].any()
+    assert side[8] == side[X[:, 0] == near].all()
 
 
 def copied(folder, *names):
