@@ -113,6 +113,7 @@ SMALL = ('--style=astronaut.png', '--content=hopper.png', '--auto-maps=4', '--ne
          '--iterations=1', '--max-size=64', '--save-every=0')
 
 
+@pytest.mark.slow
 def test_missing_maps_are_written_once(doodle, run, tmp_path, monkeypatch):
     """The run goes on with them; what stands there stays, and is what the other map follows."""
     (tmp_path / 'new').mkdir()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 CALLER = 1234
 FACES = '--style=samples/astronaut.png --content=samples/hopper.png'.split()

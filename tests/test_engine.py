@@ -142,6 +142,7 @@ def test_a_whole_run_is_that_of_the_plain_formulas(doodle, tmp_path, evaluations
     assert compared > 1.5 * evaluations                                                     # of 2 layers each
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_and_compares():
     command = [sys.executable, ROOT / 'tests/benchmark.py', '--rounds=1', '--size=64x48', '--skip=torch']
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

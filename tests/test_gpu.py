@@ -51,6 +51,7 @@ def evaluations(doodle, fast):
         yield from ([*found.content.values(), *found.style.values(), found.smooth], found.gradient)
 
 
+@pytest.mark.slow
 def test_losses_and_gradient_are_those_of_the_cpu(doodle, path, tmp_path):
     subprocess.run([sys.executable, __file__, tmp_path / 'gpu.npz'], check=True,
                    env=os.environ | {'PYTHONPATH': f'{path}:{ROOT}', 'THEANO_FLAGS': QUICK})
@@ -62,6 +63,7 @@ def test_losses_and_gradient_are_those_of_the_cpu(doodle, path, tmp_path):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * np.max(a))
 
 
+@pytest.mark.slow
 def test_a_run_names_the_gpu_and_takes_slices_by_its_memory(run, path, tmp_path):
     done = run(tmp_path, f'--style={ROOT / "samples/gravel.png"}', f'--device={DEVICE}', '--network=vgg16', '--log=log',
                '--max-size=32', '--style-layers=2_1', '--cache=1', '--phases=1', '--iterations=2', '--save-every=0',

@@ -55,6 +55,7 @@ def test_any_number_of_slices_drops_no_patch_and_gives_the_same_matches(found): 
         assert (found(u, v, slices) == reference).all(), slices
 
 
+@pytest.mark.slow
 def test_slices_bound_the_memory(found):
     """The batches' scores are not alive at once, as they would be in the order that Theano chooses by itself."""
     u, v, history, peak = np.ones((42, 42, 8)), np.ones((42, 42, 8)), np.zeros(40 * 40), {}

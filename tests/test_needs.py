@@ -1,9 +1,13 @@
 """What a run will need, as `--check` says: time by the count of operations, memory as measured."""
 import re
+import sys
 
 import numpy as np
 import pytest
 
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / 'samples'))
 SQUARE = 2 * 2048 ** 3                                                  # operations of the product that `plan` times
 
 
@@ -41,3 +45,25 @@ def test_time_is_the_sum_of_the_phases(planned):
     assert sizes == [('80', '60'), ('160', '120'), ('320', '240')]
     assert seconds[2] > 4 * seconds[1] > 16 * seconds[0] > 0            # the network's grow by 4, matching's by 16
     assert f'about {10 * sum(seconds) / 60:.0f} minutes' in total
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def measured(doodle, tmp_path_factory):
+    """What a run was said to need, and its measured peak, by sizes of content and style and by options."""
+    import measure_memory
+    folder = tmp_path_factory.mktemp('memory')
+    measure_memory.save_weights(folder / 'weights.npz')
+    return lambda *run, iterations: measure_memory.needed_and_peak(folder, *run, iterations=iterations)[:2]
+
+
+@pytest.mark.parametrize('content, style, arguments, iterations', [
+    ((512, 384), (128, 96), [], 8),                                     # an ordinary run, as long as memory grows
+    ((64, 48), (1280, 960), [], 1),                                     # a style far larger than the result
+    ((64, 48), (256, 192), ['--rotations=2', '--scales=3'], 1),         # many copies
+    ((320, 240), (320, 240), ['--rotations=1', '--scales=1'], 2)])      # painting with some
+def test_memory_is_within_10_percent_of_the_measured_peak(doodle, measured, content, style, arguments, iterations):
+    needed, peak = measured(content, style, *arguments, iterations=iterations)
+    least = doodle.memory_needed((1, 1), (1, 1), doodle.parse_options(['--style=-', '--content=-']))
+    assert needed == pytest.approx(peak, rel=.1) and peak > 1.25 * least

@@ -267,6 +267,7 @@ def test_every_layer_has_a_factor_and_those_of_vgg19_change_nothing(doodle):
     assert set(doodle.BALANCE['vgg19']) == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('content, style, share', [('raccoon.jpg', 'cat.jpg', .240),        # VGG19's
                                                    ('motorcycle_left.png', 'retina.jpg', .222)])
 def test_content_is_as_large_a_part_of_the_loss_as_with_vgg19(doodle, content, style, share):
