@@ -110,6 +110,7 @@ COPY tests/requirements.txt /opt/doodle/tests.txt
 RUN pip install --no-cache-dir -r /opt/doodle/tests.txt
 ENV PYTHONDONTWRITEBYTECODE=1
 ENTRYPOINT ["python3", "-m", "pytest", "-p", "no:cacheprovider"]
+CMD ["tests"]
 
 # ---- cpu: the last, and so the default
 FROM program AS cpu

@@ -798,6 +798,7 @@ class PatchTerm:
     degree = 2                                                          # of the loss in the features
     power = 1.25                                                        # of the smoothness that belongs to the method
     patched = reads_maps = True
+    arrays = 2                                                          # as large as the style's features
 
     def __init__(self, options, numbers, semantic, transparent, slices, fast):
         self.numbers, self.slices, self.match_patches = numbers, slices, fast_match if fast else match
@@ -878,7 +879,7 @@ class PatchTerm:
 class WholePatchTerm(PatchTerm):
     """The style loss of a layer by patches that are normalised as a whole, matched by features alone [LW16]."""
 
-    power, reads_maps = 1, False
+    power, reads_maps, arrays = 1, False, 1
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -906,7 +907,7 @@ class GramTerm:
     Its parameters and methods are those of `PatchTerm`; it has no matches.
     """
 
-    degree, power, patched, reads_maps, matches, remembered = 4, 1.25, False, False, None, {}
+    degree, power, patched, reads_maps, arrays, matches, remembered = 4, 1.25, False, False, 0, None, {}
 
     def __init__(self, options, numbers, semantic, transparent, slices, fast):
         self.gram, self.layers = shared(2), len(options.style_layers)   # A, (C, C)
@@ -1524,15 +1525,21 @@ def memory_limit():
 
 
 def memory_needed(size, style_size, options):
-    """Bytes at the peak of a run on the CPU: fitted to runs of all methods, linear in the pixels of both pictures."""
+    """Bytes at the peak of a run on the CPU: samples/measure_memory.py fits the numbers to measured peaks.
+
+    The peak is where the network is compiled, or where the features and keys of all copies of the style are made, or
+    where the image is painted.
+    """
     def floats(names):                                                  # bytes a pixel of the picture
         return sum(4 * filters(name) / stride(name) ** 2 for name in names)
+    names = layer_names('vgg19', options.style_layers + (options.content_layers if options.content else []))
+    weights = sum(4 * 9 * before * filters(name) for before, name in zip([3, *map(filters, names)], names))
     style = floats(options.style_layers)
-    network = floats(layer_names('vgg19', options.style_layers + options.content_layers))
-    patched = style if style_term(options).patched else 0
-    painting = ((1.45 * network + 1.35 * style + 1.5 * patched) * math.prod(size) +
-                2.7 * patched * copy_count(options) * math.prod(style_size))
-    return max(570e6, 430e6 + painting)                                 # at first for the weights and their compilation
+    matched = style * style_term(options).arrays
+    area, style_area, copies = math.prod(size), math.prod(style_size), copy_count(options)
+    making = 250 * style_area + (1.66 * style + 0.62 * matched) * copies * style_area
+    painting = (1.46 * floats(names) + 1.29 * style) * area + 0.98 * matched * copies * style_area
+    return max(254e6 + 11 * weights, 281e6 + 6.9 * weights + max(making, painting))
 
 
 def check_memory(inputs, options):

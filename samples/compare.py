@@ -120,7 +120,8 @@ def main():
     panels = {TITLES[method]: picture for method, picture in results.items()}
     weights, _ = doodle.read_weights(header['weights']['path'])
     print('\n'.join(table({'the content itself': content, **panels}, style, content, maps, weights)))
-    labelled({'content': content, 'style': style, 'map of the content': maps.maps[0], 'map of the style': maps.maps[1], **panels},
+    inputs = {'content': content, 'style': style, 'map of the content': maps.maps[0], 'map of the style': maps.maps[1]}
+    labelled(inputs | panels,
              4).save(a.output, quality=90)
     print(f'\nThe picture is {a.output}.')
 

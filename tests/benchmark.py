@@ -181,7 +181,7 @@ def main():
     if a.alone:
         form = made(a.alone, weights, options, pair)
         took = [seconds(form.evaluate, x) for _ in range(3)]
-        peak = re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())    # ru_maxrss is the parent's, too
+        peak = re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())   # ru_maxrss is the parent's, too
         return print(json.dumps({'memory': int(peak.group(1)) * 1024 / 1e9, 'seconds': min(took)}))
 
     names = [name for name in ('engine', 'plain', 'torch') if name not in a.skip.split(',')]

@@ -10,10 +10,20 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ['https_proxy'] = 'http://127.0.0.1:9'    # no test reaches the net
+# The same examples each time. What fails is told as it was drawn: to look for a smaller one takes minutes.
+settings.register_profile('doodle', derandomize=True, deadline=20_000, phases=(Phase.explicit, Phase.generate),
+                          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+settings.load_profile('doodle')
+
+
+def mostly_slow(values, *quick):
+    """Parameters of a test, all slow but the `quick` ones."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 class NoNetwork:

@@ -7,7 +7,6 @@ by more than `every` evaluations. At the end every loss and the picture must be 
 """
 import argparse
 import json
-import os
 import random
 import shutil
 import subprocess

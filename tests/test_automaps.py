@@ -93,6 +93,16 @@ def test_small_parts_that_share_a_superpixel_do_not_wreck_a_map(automaps):
     assert names[4] == names[6] == names[7] == red and names[5] in (blue, green)
 
 
+@pytest.mark.parametrize('alone, near', [(30, 10), (-20, 0)])
+def test_a_branch_that_one_picture_lacks_goes_with_the_nearer_half(automaps, alone, near):
+    X = np.float64([0, 0, 0, 0, 10, 10, 10, 10, alone])[:, None]        # (n, 1)
+    shares = np.array(4 * [(.1, 0), (0, .1)] + [(.5, 0)])               # the last is not in the second picture
+    gain, side = automaps.shared_split(X, shares, .1)
+    assert gain == pytest.approx(8 * 5 ** 2)                            # two halves, all points 5 off their mean
+    assert side[:4].all() != side[4:8].all() and side[:4].any() != side[4:8].any()
+    assert side[8] == side[X[:, 0] == near].all()
+
+
 def copied(folder, *names):
     for name in names:
         shutil.copy(SAMPLES / name, folder)
@@ -102,6 +112,7 @@ SMALL = ('--style=astronaut.png', '--content=hopper.png', '--auto-maps=4', '--ne
          '--iterations=1', '--max-size=64', '--save-every=0')
 
 
+@pytest.mark.slow
 def test_missing_maps_are_written_once(doodle, automaps, run, tmp_path, monkeypatch):
     """The run goes on with them; what stands there stays, and is what the other map follows."""
     (tmp_path / 'new').mkdir()
@@ -110,7 +121,8 @@ def test_missing_maps_are_written_once(doodle, automaps, run, tmp_path, monkeypa
     (tmp_path / 'hopper_sem_preview.jpg').write_text('mine')
     first = run(tmp_path, *SMALL)
     assert first.returncode == 0, first.stderr
-    assert 'will be painted' not in first.stdout and 'will be painted' in run(tmp_path / 'new', *SMALL, '--check').stdout
+    assert 'will be painted' not in first.stdout
+    assert 'will be painted' in run(tmp_path / 'new', *SMALL, '--check').stdout
     names = 'astronaut_sem.png', 'astronaut_sem_preview.jpg', 'hopper_sem.png'
     assert all(f'`{name}`' in first.stdout for name in names) and '`hopper_sem_preview.jpg`' not in first.stdout
     assert (tmp_path / 'hopper_sem_preview.jpg').read_text() == 'mine'
@@ -148,7 +160,7 @@ def test_a_folder_that_cannot_be_written_is_refused(doodle, refused, tmp_path, m
     copied(tmp_path / 'theirs', *FACES)
     real = doodle.tempfile.TemporaryFile
 
-    def temporary(dir=None, **rest):                                    # root may write anywhere: mode bits show nothing
+    def temporary(dir=None, **rest):                                   # root may write anywhere: mode bits show nothing
         if dir == 'theirs':
             raise PermissionError(13, 'Permission denied')
         return real(dir=dir, **rest)

@@ -141,6 +141,7 @@ PEAK = '''if True:
     print((after - before) / (many - few))'''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('format, channels, how', [
     ('PNG', 1, {}), ('PNG', 3, {}), ('PNG', 4, {}), ('TIFF', 4, {'compression': 'tiff_lzw'}),
     ('JPEG', 3, {'progressive': True, 'subsampling': 0}), ('WEBP', 4, {'lossless': True, 'method': 0}),

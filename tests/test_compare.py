@@ -3,11 +3,13 @@ import re
 import subprocess
 import sys
 
+import pytest
 from PIL import Image
 
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_a_picture_compared_with_itself(tmp_path):
     """The row of the content itself is all its own parts and no loss; the results of one evaluation are not.
 

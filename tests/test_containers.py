@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 CALLER = 1234
 FACES = '--style=samples/astronaut.png --content=samples/hopper.png'.split()
@@ -196,7 +197,7 @@ def test_a_missing_or_wrong_mount_is_named(image, folder):
     said, code = run('podman', 'run', '--rm', *command)
     assert code == 2 and 'looked for /nd/samples/gollum.png, and mounted is nothing.' in said
     said, code = run('podman', 'run', '--rm', f'--volume={folder}/frames:/nd/samples', *command)
-    assert code == 2 and f"/nd/samples from {folder}/frames (0 entries)" in said
+    assert code == 2 and f'/nd/samples from {folder}/frames (0 entries)' in said
 
 
 def test_automatic_maps_lie_where_no_mount_hides_them(image, folder):
@@ -212,7 +213,7 @@ def test_automatic_maps_lie_where_no_mount_hides_them(image, folder):
 
 # g++ as it is, but every module that it compiles is counted, and it takes the processor for an $ARCH; then the first
 # module is enough.
-COUNTED = r"""
+COUNTED = r'''
 mv /usr/bin/g++ /usr/bin/real-g++
 cat > /usr/bin/g++ <<'E'
 #!/bin/sh
@@ -227,7 +228,7 @@ find /opt/doodle/cache -exec touch -d 2020-01-01 {} +
 /opt/doodle/start --save-every=0 "$@" || [ $ARCH != native ]
 touch /tmp/compiled
 wc -l < /tmp/compiled
-"""
+'''
 
 
 def compiled(image, processor, *options):
@@ -250,7 +251,7 @@ def test_code_for_another_processor_is_compiled_anew(image):
 def test_gpu_image_has_its_libraries(build):
     image = build('gpu')
     assert size(image) <= 2200
-    said = checked('podman', 'run', '--rm', '--entrypoint=python3', image, '-c', """
+    said = checked('podman', 'run', '--rm', '--entrypoint=python3', image, '-c', '''
 import ctypes, pygpu
 for name in 'libnvrtc.so', 'libcublas.so':
     ctypes.CDLL(name)
@@ -258,7 +259,7 @@ try:
     pygpu.init('cuda0')
 except pygpu.gpuarray.GpuArrayException as error:  # all that is missing without a GPU is its driver
     print(error)
-""")
+''')
     assert 'libcuda.so' in said
     said = checked('podman', 'run', '--rm', image, *FACES, *QUICK)
     assert "WARNING: cuda0 cannot be used: Nvidia's driver" in said and '--gpus all' in said

@@ -121,7 +121,8 @@ def test_a_whole_run_is_that_of_the_plain_formulas(doodle, tmp_path, evaluations
     size, style_size = (48, 56), (62, 54)
     content, style = (doodle.to_planes(doodle.resized(picture, to, doodle.Image.LANCZOS))
                       for picture, to in ((inputs.content, size), (inputs.style, style_size)))
-    engine, plain = (doodle.Objective(weights, options, True, inputs.style_map is not None, fast) for fast in (True, False))
+    engine, plain = (doodle.Objective(weights, options, True, inputs.style_map is not None, fast)
+                     for fast in (True, False))
     for objective in (engine, plain):
         objective.set_phase(content, style, inputs.content_map, inputs.style_map, size)
     compared = 0
@@ -141,8 +142,9 @@ def test_a_whole_run_is_that_of_the_plain_formulas(doodle, tmp_path, evaluations
     assert compared > 1.5 * evaluations                                                     # of 2 layers each
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_and_compares():
-    printed = subprocess.run([sys.executable, ROOT / 'tests/benchmark.py', '--rounds=1', '--size=64x48', '--skip=torch'],
-                             capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, ROOT / 'tests/benchmark.py', '--rounds=1', '--size=64x48', '--skip=torch']
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for row in ('| engine |', '| engine / plain |', '| plain |', '| 32x24 |', 'GFLOPS by the count'):
         assert printed.count(row) == 1

@@ -51,6 +51,7 @@ def evaluations(doodle, fast):
         yield from ([*found.content.values(), *found.style.values(), found.smooth], found.gradient)
 
 
+@pytest.mark.slow
 def test_losses_and_gradient_are_those_of_the_cpu(doodle, path, tmp_path):
     subprocess.run([sys.executable, __file__, tmp_path / 'gpu.npz'], check=True,
                    env=os.environ | {'PYTHONPATH': f'{path}:{ROOT}', 'THEANO_FLAGS': QUICK})
@@ -62,6 +63,7 @@ def test_losses_and_gradient_are_those_of_the_cpu(doodle, path, tmp_path):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4 * np.max(a))
 
 
+@pytest.mark.slow
 def test_a_run_names_the_gpu_and_takes_slices_by_its_memory(run, path, tmp_path):
     done = run(tmp_path, f'--style={ROOT / "samples/gravel.png"}', f'--device={DEVICE}', '--network=vgg16', '--log=log',
                '--max-size=32', '--style-layers=2_1', '--cache=1', '--phases=1', '--iterations=2', '--save-every=0',
@@ -89,13 +91,13 @@ def test_slices_fit_the_memory(doodle):
 
 def make_nvidia(folder, driver, compiler, cards):
     """Libraries of a driver and a compiler for these versions of CUDA, and cards of these compute capabilities."""
-    sources = {'libnvrtc.so': 'int nvrtcVersion(int *a, int *b) { *a = %d; *b = %d; return 0; }' % compiler,
-               'libcuda.so.1': f"""
-        static int cards[][2] = {{{", ".join("{%d, %d}" % card for card in cards)}}};
+    sources = {'libnvrtc.so': 'int nvrtcVersion(int *a, int *b) {{ *a = {}; *b = {}; return 0; }}'.format(*compiler),
+               'libcuda.so.1': f'''
+        static int cards[][2] = {{{', '.join('{{{}, {}}}'.format(*card) for card in cards)}}};
         int cuDriverGetVersion(int *version) {{ *version = {1000 * driver[0] + 10 * driver[1]}; return 0; }}
         int cuInit(unsigned flags) {{ return {0 if cards else 100}; }}
         int cuDeviceGet(int *device, int n) {{ *device = n; return n < {len(cards)} ? 0 : 101; }}
-        int cuDeviceComputeCapability(int *a, int *b, int n) {{ *a = cards[n][0]; *b = cards[n][1]; return 0; }}"""}
+        int cuDeviceComputeCapability(int *a, int *b, int n) {{ *a = cards[n][0]; *b = cards[n][1]; return 0; }}'''}
     for name, source in sources.items():
         subprocess.run(['g++', '-shared', '-fPIC', '-xc++', '-', '-o', folder / name], text=True, check=True,
                        input=f'extern "C" {{ {source} }}')

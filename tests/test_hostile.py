@@ -19,7 +19,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -373,8 +373,7 @@ VALUES = st.one_of(st.sampled_from(WORDS + PLAUSIBLE), st.text(max_size=8), st.i
                    st.floats().map(str))
 
 
-@settings(max_examples=100, deadline=None, derandomize=True,
-          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=100)
 @given(data=st.data(), width=st.integers(1, 40), height=st.integers(1, 40))
 def test_whatever_the_options_and_the_size_it_paints_or_says_why_not(doodle, paint, tmp_path, data, width, height):
     names = [flag for rows in doodle.OPTIONS.values() for flag, _, kind, *_ in rows

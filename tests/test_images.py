@@ -5,7 +5,6 @@ import io
 import os
 import re
 import shutil
-import stat
 import struct
 import subprocess
 import sys
@@ -398,6 +397,7 @@ print((peak() - before) / (height * width))
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['PNG', 'deep PNG', 'float TIFF', 'RGBA TIFF', 'progressive CMYK', 'RGBA WEBP',
                                   'RGBA AVIF', 'RGBA JPEG2000'])
 def test_a_pixel_takes_no_more_memory_than_is_reckoned(tmp_path, monkeypatch, kind):

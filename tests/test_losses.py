@@ -113,3 +113,21 @@ def test_a_method_is_the_sum_of_its_terms(doodle, method, power, kind):
     for (kind, layer), (value, _) in terms.items():
         assert getattr(found, kind)[layer] == pytest.approx(value, rel=1e-3), (kind, layer)
     assert np.abs(found.gradient - gradient).max() < 2e-3 * np.abs(gradient).max()
+
+
+def test_a_gradient_that_is_not_finite_is_refused_though_the_loss_is(doodle, monkeypatch):
+    """The gradient alone passes through the turned filters of conv1_1; here these are infinite."""
+    rng, winograd = np.random.default_rng(6), doodle.winograd
+    layers = {'1_1': (rng.normal(size=(64, 3, 3, 3)).astype(np.float32), np.zeros(64, np.float32))}
+    options = doodle.parse_options(['--style=-', '--style-layers=1_1', '--content-layers=1_1'])
+    content, style, x = rng.uniform(0, 255, (3, 3, 6, 7))
+    for factor in (1, np.inf):
+        monkeypatch.setattr(doodle, 'winograd', lambda W: winograd(W) * (factor if len(W) == 3 else 1))
+        objective = doodle.Objective(doodle.Weights('vgg16', layers, 'a file', ''), options, True, False, True)
+        objective.set_phase(content, style, None, None, (7, 6))
+        if factor == 1:
+            assert np.isfinite(objective(x).total)
+            continue
+        with pytest.raises(FloatingPointError, match='not finite'):
+            objective(x)
+        assert objective.fresh, 'the matches of a refused image were kept'

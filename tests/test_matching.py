@@ -55,6 +55,7 @@ def test_any_number_of_slices_drops_no_patch_and_gives_the_same_matches(found): 
         assert (found(u, v, slices) == reference).all(), slices
 
 
+@pytest.mark.slow
 def test_slices_bound_the_memory(found):
     """The batches' scores are not alive at once, as they would be in the order that Theano chooses by itself."""
     u, v, history, peak = np.ones((42, 42, 8)), np.ones((42, 42, 8)), np.zeros(40 * 40), {}
@@ -86,7 +87,8 @@ def test_variety_takes_the_last_best_scores_off_and_returns_the_new_ones(found, 
 
 def key(doodle, f, m, w):
     symbols = doodle.T.tensor3(), doodle.T.tensor3()
-    return doodle.theano.function(list(symbols), doodle.matching_key(*symbols, np.float32(w)))(np.float32(f), np.float32(m))
+    function = doodle.theano.function(list(symbols), doodle.matching_key(*symbols, np.float32(w)))
+    return function(np.float32(f), np.float32(m))
 
 
 def test_key_products_are_the_cosines_of_features_and_maps(doodle):
@@ -105,7 +107,7 @@ def test_a_zero_vector_has_cosine_0_not_nan(doodle):  # fault 4
     assert np.isfinite(k).all() and (k[:, :, 4:] == 0).all()
 
 
-# ---- whole patches, and copies of the style picture --------------------------------------------------------------------
+# ---- whole patches, and copies of the style picture ------------------------------------------------------------------
 
 @pytest.mark.parametrize('find', ['match', 'fast_match'])
 @pytest.mark.parametrize('variety', [0., 0.7])
@@ -142,5 +144,5 @@ def test_copies_are_the_picture_turned_and_rescaled(doodle):
         dy, dx = (slope.mean() for slope in np.gradient(copy[0]))
         found.append((np.degrees(np.arctan2(-dy, dx)) / 7.5, (1 / np.hypot(dy, dx) - 1) / 0.05))
         assert abs(copy[:2].mean(axis=(1, 2)) - picture[:2].mean(axis=(1, 2))).max() < 0.51    # about the centre
-    assert {tuple(np.round(steps)) for steps in found} == {(k, l) for k in range(-2, 3) for l in range(-3, 4)}
+    assert {tuple(np.round(steps)) for steps in found} == {(j, k) for j in range(-2, 3) for k in range(-3, 4)}
     assert np.abs(found - np.round(found)).max() < 0.2

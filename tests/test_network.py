@@ -267,13 +267,14 @@ def test_every_layer_has_a_factor_and_those_of_vgg19_change_nothing(doodle):
     assert set(doodle.BALANCE['vgg19']) == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('content, style, share', [('raccoon.jpg', 'cat.jpg', .240),        # VGG19's
                                                    ('motorcycle_left.png', 'retina.jpg', .222)])
 def test_content_is_as_large_a_part_of_the_loss_as_with_vgg19(doodle, content, style, share):
     """Of the first evaluation, at pictures on which nothing was fitted."""
     folder = ROOT / 'samples' if content == 'raccoon.jpg' else Path(data.data_dir)
-    content, style = (doodle.to_planes(doodle.limited(doodle.read_picture(folder / name).pixels, 120, doodle.Image.LANCZOS))
-                      for name in (content, style))
+    pictures = (doodle.read_picture(folder / name).pixels for name in (content, style))
+    content, style = (doodle.to_planes(doodle.limited(picture, 120, doodle.Image.LANCZOS)) for picture in pictures)
     objective = doodle.Objective(doodle.read_weights(BUNDLE)[0], doodle.parse_options(['--style=-']), True, False, True)
     objective.set_phase(content, style, None, None, content.shape[:0:-1])
     found = objective(np.random.default_rng(1).uniform(16, 240, content.shape))

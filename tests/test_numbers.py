@@ -5,15 +5,14 @@ smaller or larger than the image.
 """
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twin
 from conftest import ROOT
 from test_matching import brute_force
 
-often = settings(max_examples=60, deadline=None, derandomize=True,
-                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+often = settings(max_examples=60)
 seeds = st.integers(0, 2 ** 32 - 1)
 
 
@@ -142,6 +141,7 @@ def objectives(doodle):
         f'conv{name}': pair for name, pair in weights.layers.items()}
 
 
+@pytest.mark.slow
 @settings(often, max_examples=15)
 @given(shapes(6, 21), shapes(6, 21), st.integers(1, 4), st.booleans(), st.sampled_from([.1, 10, 1000]), seeds)
 def test_evaluations(doodle, objectives, image, style, classes, narrow, w, seed):

@@ -337,6 +337,7 @@ def test_an_interruption_right_after_resuming_loses_nothing(painted):
     assert stopped.code == 130 and os.path.exists('o.png') and len(painted('--resume').asked) == 30
 
 
+@pytest.mark.slow
 def test_three_kills_of_a_real_run(tmp_path):
     """The short form of kill.py."""
     (tmp_path / 'whole').mkdir()
@@ -422,6 +423,7 @@ def test_a_full_log_does_not_end_a_run(painted):
     assert done.code == 0 and warnings(done.out) == [('full', os.strerror(errno.ENOSPC))]
 
 
+@pytest.mark.slow
 def test_a_terminal_that_takes_no_more_does_not_end_a_run(tmp_path):
     command = [ROOT / 'doodle.py', f'--style={FOLDER / "texture_style.png"}', '--network=vgg16', '--semantic-weight=0',
                '--phases=1', '--iterations=1', '--frames=.', '--style-layers=1_1']
@@ -551,6 +553,7 @@ def test_a_machine_too_small_for_any_size_is_said_to_be_so(doodle, refused, monk
 
 # ---- several runs at once --------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_ten_runs_at_once_do_not_disturb_each_other(tmp_path):
     """One folder, one cache of compiled code, one folder of frames: each paints what it paints alone."""
     shutil.copy(FOLDER / 'texture_style.png', tmp_path / 'a.png')

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import twin
+from conftest import mostly_slow
 from golden_data import FOLDER
 from test_losses import channels_first
 from test_matching import assert_best
@@ -44,7 +45,7 @@ def evaluated(doodle):
     return evaluated
 
 
-@pytest.mark.parametrize('fast', [True, False])
+@pytest.mark.parametrize('fast', mostly_slow([True, False], True))
 @pytest.mark.parametrize('choices', [[], ['--variety=0.5'], ['--method=li-wand', '--rotations=0', '--scales=0']])
 def test_of_the_patches_that_show_something_the_best_is_matched(evaluated, fast, choices):
     objective, _, f = evaluated(*choices, fast=fast)
@@ -60,7 +61,7 @@ def test_of_the_patches_that_show_something_the_best_is_matched(evaluated, fast,
 
 
 @pytest.mark.parametrize('method', ['champandard', 'li-wand'])
-@pytest.mark.parametrize('fast', [True, False])
+@pytest.mark.parametrize('fast', mostly_slow([True, False], True))
 def test_alpha_turns_and_scales_with_the_copies(doodle, evaluated, method, fast):
     objective, _, _ = evaluated(f'--method={method}', '--rotations=1', '--scales=1', fast=fast)
     copies = doodle.style_copies(np.moveaxis(ALPHA, 2, 0), 1, 1, Image.BILINEAR)
@@ -82,6 +83,7 @@ def test_alpha_goes_through_the_phases(evaluated):
         assert ((objective.style[layer].scale.get_value() > 0) == seen(ALPHA, 2 * k)).all()
 
 
+@pytest.mark.slow
 def test_cached_matches_show_something_too(evaluated):
     objective, _, _ = evaluated('--cache=1', '--variety=0.1', times=2)
     assert all(seen(ALPHA, k)[objective.style[layer].matches.get_value()].all() for layer, k in LAYERS.items())
@@ -101,6 +103,7 @@ def test_a_gram_matrix_is_of_the_pixels_that_show_something(doodle, evaluated):
         assert np.abs(expected - A).max() > 1e-2 * A.max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fast', [True, False])
 @pytest.mark.parametrize('choices', [['--variety=0.5'], ['--method=li-wand', '--rotations=1'], ['--method=gatys']])
 def test_where_nothing_is_transparent_all_is_as_without(evaluated, choices, fast):
