@@ -2404,7 +2404,7 @@ def surroundings(labels, count):
 
 def pairwise_distances(points, others):
     """How far each of the points (n, d) is from each of the others (k, d), (n, k)."""
-    from scipy.spatial.distance import cdist                            # not before there are maps to judge
+    from scipy.spatial.distance import cdist  # not before there are maps to judge
     return cdist(points, others)
 
 

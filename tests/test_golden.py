@@ -51,8 +51,8 @@ def test_the_program_is_the_twin_and_within_1_percent_of_the_original(doodle, ob
     style = doodle.resized(inputs.style, style_size, doodle.Image.LANCZOS)
     maps = [None if m is None else doodle.resized(np.float32(m), s, doodle.Image.BOX)
             for m, s in ((inputs.content_map, size), (inputs.style_map, style_size))]
-    objective.set_phase(None if content is None else doodle.to_planes(content), doodle.to_planes(style), inputs.content_map,
-                        inputs.style_map, size)
+    objective.set_phase(None if content is None else doodle.to_planes(content), doodle.to_planes(style),
+                        inputs.content_map, inputs.style_map, size)
     x = doodle.first_image(inputs, options, size, 0)                        # (3, H, W)
     ours = objective(x)
     losses = {**{f'content_{layer}': loss for layer, loss in ours.content.items()}, 'smooth_img': ours.smooth,
