@@ -20,13 +20,12 @@
 First the method: options, images and maps, network, matching, losses, objective, optimisation, run.
 Then the machinery: weights, devices, engine, files, and the engine's C++.
 
-Names kept to everywhere:
-
+Notation:
     x       the image being painted, (3, H, W), blue green red, 0..255
     f, g    features of the image and of the style picture at one layer, (H, W, C) and (h, w, C)
     m, n    maps of the image and of the style picture at that layer, (H, W, K) and (h, w, K)
-    u, v    what is matched: features and maps, each of length one at every pixel
-    i, j    numbers of 3x3 patches, row by row, of the image and of the style picture
+    u, v    matching keys: features and maps, each normalised at every pixel, (H, W, C + K) and (h, w, C + K)
+    i, j    indices of 3x3 patches, row by row, of the image and of the style picture
     S       S(i, j), how well patch i of the image fits patch j of the style picture
     w       semantic weight, of the maps against the features
 
@@ -88,7 +87,7 @@ SAMPLE = 'python3 doodle.py --style samples/astronaut.png --content samples/hopp
 
 
 class UserError(Exception):
-    """What the person at the keyboard can mend: ``UserError(problem, fix)``, each one line of plain words."""
+    """An error that the user can fix: ``UserError(problem, fix)``, each one line of plain words."""
 
 
 def parse_natural(text):
@@ -104,7 +103,7 @@ def parse_whole(text, least=0):
 
 
 def one_of(*choices):
-    """The option type of a few words or numbers."""
+    """The parser of an option that takes one of `choices`, words or numbers."""
     def chosen(text):
         if text not in map(str, choices):
             raise argparse.ArgumentTypeError(f'{text!r} is none of {", ".join(map(str, choices))}')
@@ -113,12 +112,12 @@ def one_of(*choices):
 
 
 def parse_number(text):
-    """What a decimal number says, or NaN: float() by itself also reads 1_0, infinity and the digits of all scripts."""
+    """A decimal number as float, else NaN: float() alone would accept 1_0, infinity and non-ASCII digits."""
     return float(text) if re.fullmatch(r'[-+]?([0-9]+\.?|[0-9]*\.[0-9]+)([eE][-+]?[0-9]+)?', text) else math.nan
 
 
 def up_to(most):
-    """The option type of a weight: 0, or from 1e-6, below which float32 sees no step of the optimiser, to `most`."""
+    """The parser of a weight: 0, or 1e-6 to `most`; below 1e-6 the optimiser's steps vanish in float32."""
     def chosen(text):
         value = parse_number(text)
         if value and not 1e-6 <= value <= float(most):
@@ -128,7 +127,7 @@ def up_to(most):
 
 
 def parse_path(text):
-    """A path, with its ~ expanded, which a shell leaves as it is after an =."""
+    """A path with ~ expanded, which shells do not do in ``--option=~/file``."""
     if not text:
         raise argparse.ArgumentTypeError(f'{text!r} is no path')
     return expanded(text)
@@ -178,12 +177,11 @@ def parse_device(text):
     return re.sub(r'^gpu', 'cuda', text)
 
 
-# By method the class of its style terms, and what it takes in place of Champandard's defaults, which stand in OPTIONS;
-# None: it has no such option. The papers weigh sums over a picture; we weigh means, which suit every size. Gatys'
-# content term, 1/2 sum (f - g)^2, is H W C / 2 times ours: content to style as 10 to 0.1 is 1e-4 at 512x512 pixels, and
-# 100 to 0.1 is 1e-3, the range of [GEB16]. Li and Wand's copies are those of [LW16]; the weights are for means, found
-# by trial. The code they released differs: no copies, content at 4_1, and 20 as its weight, 1e-4 the style's, 1e-3 the
-# smoothness'.
+# {method: (class of its style terms, defaults that differ from those in OPTIONS)}; None: the method lacks the option.
+# The papers weight sums over a picture; here weights are of means, which suit every size. Gatys' content term,
+# 1/2 sum (f - g)^2, is H W C / 2 times ours: content to style as 10 to 0.1 is 1e-4 at 512x512 pixels, and 100 to 0.1 is
+# 1e-3, the range of [GEB16]. Li and Wand's numbers of copies are those of [LW16], the weights were found by trial.
+# Their released code has no copies, content at 4_1, and weights 20 for content, 1e-4 for style, 1e-3 for smoothness.
 METHODS = {
     'champandard': ('PatchTerm', dict()),
     'li-wand': ('WholePatchTerm', dict(content_weight='10.0', style_weight='10.0', smoothness='10.0', rotations='2',
@@ -195,14 +193,14 @@ METHODS = {
 
 parse_method, parse_network, parse_switch = one_of(*METHODS), one_of('vgg19', 'vgg16'), one_of(0, 1)
 parse_parts, parse_steps = one_of(0, *range(2, 17)), one_of(*range(13))     # 12 steps: 90 degrees, or a factor of 0.4
-parse_weight, parse_bias = up_to('1e20'), up_to('1e6')                # so losses are finite, and features told apart
+parse_weight, parse_bias = up_to('1e20'), up_to('1e6')                # keep losses finite, features above rounding
 
-# How --help calls a value.
+# Placeholders of values in --help.
 VALUES = {parse_path: 'PATH', str: 'EXT', parse_size: 'WxH', parse_natural: 'N', parse_whole: 'N', parse_parts: 'N',
           parse_seed: 'SEED', parse_range: 'LO:HI', parse_method: 'NAME', parse_weight: 'X', parse_layers: 'LAYERS',
           parse_bias: 'X', parse_steps: 'N', parse_switch: '0|1', parse_device: 'DEVICE', parse_network: 'NAME'}
 
-SAME, FREE = 'same', 'free'                                           # with --resume: as in the run before, or not
+SAME, FREE = 'same', 'free'                                           # on --resume an option must be the same, or not
 
 OPTIONS = {'pictures': (
     # option              resume type           default        meaning
@@ -248,14 +246,14 @@ OPTIONS = {'pictures': (
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors in the program's own form."""
+    """argparse that reports errors as `UserError`."""
 
     def error(self, message):
         raise UserError(message, f'see {self.prog} --help')
 
 
 class Once(argparse.Action):
-    """Of most options the last one given counts; of these no two different ones are taken."""
+    """Store the value of an option, and refuse a second, different one."""
 
     def __call__(self, parser, options, value, flag=None):
         before = getattr(options, self.dest)
@@ -285,7 +283,7 @@ def parse_options(arguments):
     Raises
     ------
     UserError
-        A value is not of its kind, or the style picture is missing.
+        A value is invalid, or the style picture is missing.
     """
     parser = Parser(prog='doodle.py', description='Paint one picture with the patches of another.',
                     epilog=f'A first run: {SAMPLE}')
@@ -311,19 +309,19 @@ def parse_options(arguments):
 
 
 def copy_count(options):
-    """How many copies of the style picture are matched: turned and rescaled ones, and itself."""
+    """Number of copies of the style picture that are matched: every rotation at every scale."""
     return (1 + 2 * options.rotations) * (1 + 2 * options.scales)
 
 
 # ---- images and maps -------------------------------------------------------------------------------------------------
 
-# The program's inputs, read and checked: pictures are (H, W, 3) uint8 RGB, maps (H, W, K) uint8, or None; so is
-# `style_alpha`, (h, w, 1), which is there only where some of the style picture is wholly transparent.
+# The program's inputs, read and checked: pictures (H, W, 3) uint8 RGB, maps (H, W, K) uint8, `style_alpha` (h, w, 1)
+# uint8. What is missing is None; so is `style_alpha` if no pixel of the style picture is fully transparent.
 Inputs = namedtuple('Inputs', 'content content_map style style_map seed size style_alpha')
 
 
 def read_inputs(options):
-    """Pictures and maps, as `read_pictures` and `read_maps` give them one after the other: inputs and remarks."""
+    """`read_pictures`, then `read_maps`: the inputs, and the remarks of both."""
     inputs, remarks = read_pictures(options)
     inputs, lines = read_maps(inputs, options)
     return inputs, remarks + lines
@@ -339,14 +337,14 @@ def read_pictures(options):
     Returns
     -------
     inputs : Inputs
-        Without maps. Without a content picture its size is that of a texture; a doodle's map is yet to tell it.
+        Without maps. Without content, `size` is that of a texture; for a doodle `read_maps` sets it.
     remarks : list of str
         What was loaded, a line each.
 
     Raises
     ------
     UserError
-        Whatever is missing, broken, or does not fit together.
+        A picture is missing or broken, or does not fit the options or the layers.
     """
     content, seed, remarks = None, None, []
     if options.content:
@@ -378,18 +376,18 @@ def read_pictures(options):
 
 
 def read_maps(inputs, options):
-    """Read the maps, where they are wanted and there: `inputs` with them, and remarks."""
+    """Read the maps, if there are any and the method uses them: `inputs` with them, and remarks."""
     (content_map, style_map), remarks = map_pair(inputs, options)
     inputs = inputs._replace(content_map=content_map, style_map=style_map)
     if inputs.content is None:
-        if content_map is not None:                                     # of a doodle, which is of the same size
+        if content_map is not None:                                     # a doodle has the size of its map
             inputs = inputs._replace(size=content_map.shape[1::-1])
         check_sizes(inputs, options)
     return inputs, remarks
 
 
 def map_pair(inputs, options):
-    """The maps of both pictures, (H, W, K) uint8 arrays, or None where none are wanted; and remarks."""
+    """The maps of both pictures, (H, W, K) uint8 arrays, or None twice if no maps are used; and remarks."""
     if METHODS[options.method][1].get('semantic_weight', 0) is None:
         return (None, None), [f'Method {options.method}, which reads no semantic maps.']
     pictures = {'content': (options.content, inputs.content), 'style': (options.style, inputs.style)}
@@ -416,10 +414,10 @@ def map_pair(inputs, options):
 
 
 def map_channels(maps, classes, labels):
-    """Maps as channels whose cosine tells one class from another.
+    """Maps as channels in which classes differ by their cosine.
 
-    The colours themselves serve where no class is black and no two classes have a cosine above 0.99 (scaled colours
-    are one class to a cosine, and so are all greys). Otherwise each class becomes a channel of its own.
+    RGB is kept unless a class is black or two classes have a cosine above 0.99, as all greys and shades of one colour
+    have; then each class becomes a channel of its own (one-hot).
 
     Parameters
     ----------
@@ -437,7 +435,7 @@ def map_channels(maps, classes, labels):
         return a @ b.T / np.maximum(np.outer(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)), 1e-9)
 
     alike = (cosines(classes, classes) > 0.99)[~np.eye(len(classes), dtype=bool)].any()
-    for k in np.flatnonzero(np.linalg.norm(classes, axis=1) <= NEAR):   # black, or so dark that slips turn it
+    for k in np.flatnonzero(np.linalg.norm(classes, axis=1) <= NEAR):   # black, or too dark for a direction
         for colours, label in zip(maps, labels):
             own = code_colours(np.unique(colour_codes(colours[label == k])))
             own = own[np.linalg.norm(own - classes[k], axis=1) <= NEAR]
@@ -450,7 +448,7 @@ def map_channels(maps, classes, labels):
 
 
 def pooled_map(channels, size, layer):
-    """A map as a layer of the network sees it: at the phase's size, averaged over 1, 2, 4, 8 or 16 pixels.
+    """A map at the resolution of a layer: resized to the phase's size, then averaged over stride x stride pixels.
 
     Parameters
     ----------
@@ -506,18 +504,18 @@ def to_pixels(x, size):
 # ---- network ---------------------------------------------------------------------------------------------------------
 
 BLOCKS = {'vgg19': (2, 2, 4, 4, 4), 'vgg16': (2, 2, 3, 3, 3)}         # convolutions between poolings, [SZ14] table 1
-WIDTHS = (64, 128, 256, 512, 512)                                     # their filters
+WIDTHS = (64, 128, 256, 512, 512)                                     # filters of each convolution of a block
 
 MEAN = (103.939, 116.779, 123.680)                                    # of blue, green, red over ImageNet
 
 
 def stride(layer):
-    """Pixels of the picture, along a side, for each of a layer's: 1, 2, 4, 8 or 16."""
+    """Stride of a layer, in pixels of the picture: 1, 2, 4, 8 or 16."""
     return 2 ** (int(layer[0]) - 1)
 
 
 def filters(layer):
-    """How many filters a layer has, and so channels its features."""
+    """Number of filters of a layer, which is that of its features' channels."""
     return WIDTHS[int(layer[0]) - 1]
 
 
@@ -528,22 +526,22 @@ def layer_names(kind, needed=None):
 
 
 def convolution(x, W, **_):
-    """The 'same' 3x3 convolution for Lasagne 0.1, which would pad by copying."""
+    """'Same' 3x3 convolution for Lasagne 0.1, whose own one would copy the input to pad it."""
     return T.nnet.conv2d(x, W, border_mode=1, filter_flip=False)
 
 
 def build_network(weights, names, fast=False):
     """The convolutions of VGG, only as deep as the deepest of `names`.
 
-    Each is 3x3 with padding 1 and rectified; between the blocks the papers advise the average of 2x2 over caffe's
-    maximum [LW16].
+    Each is 3x3 with padding 1 and rectified. Pooling between the blocks is the average of 2x2, which the papers prefer
+    to VGG's maximum [LW16].
 
     Parameters
     ----------
     weights : Weights
     names : collection of str
     fast : bool
-        With the engine's convolution.
+        Use the engine's convolution.
 
     Returns
     -------
@@ -579,7 +577,7 @@ def unit(f):
 
 
 def matching_key(f, m, w):
-    """What is matched at each pixel: [f / |f|, sqrt(w) m / |m|], whose products are cos(f, g) + w cos(m, n) [C16].
+    """Keys [f / |f|, sqrt(w) m / |m|] of the pixels; the dot product of two keys is cos(f, g) + w cos(m, n) [C16].
 
     Parameters
     ----------
@@ -592,7 +590,7 @@ def matching_key(f, m, w):
 
 
 def patch_scale(f):
-    """3 / |P_i| of every 3x3 patch P_i of f (H, W, C), or 0: the lengths that normalise whole patches [LW16 eq. 3]."""
+    """Factors that normalise whole 3x3 patches P_i of f (H, W, C): 3 / |P_i|, or 0 if P_i is 0 [LW16 eq. 3]."""
     (H, W), squares = (f.shape[0], f.shape[1]), T.sum(f ** 2, axis=2)
     total = sum(squares[y:H - 2 + y, x:W - 2 + x] for y in range(3) for x in range(3)).flatten()
     return T.switch(total > 0, 3 / T.sqrt(total), 0)
@@ -612,17 +610,17 @@ def match(u, v, slices, variety=None, history=None, scale=None):
     u : symbolic (H, W, D)
     v : symbolic (h, w, D)
     slices : int
-        Rows of style patches are taken in so many batches, one after the other; any number gives the same matches.
+        Number of batches into which rows of style patches are split, to save memory; matches do not depend on it.
     variety : symbolic scalar
     history : symbolic ((h - 2) (w - 2),)
-        h(j), the best score that j had for any i in the evaluation before.
+        h(j), the largest score of j with any i in the evaluation before.
     scale : symbolic ((H - 2) (W - 2),) and ((h - 2) (w - 2),)
-        a(i) and b(j); where b is 0 there is no patch j.
+        a(i) and b(j); where b(j) is 0, patch j is never matched.
 
     Returns
     -------
     matches : symbolic int64 ((H - 2) (W - 2),)
-        Numbers j, the first of equals.
+        Indices j; of equal scores the first.
     history : symbolic ((h - 2) (w - 2),), the new h, or None
     """
     (H, W, D), (h, w) = (u.shape[k] for k in range(3)), (v.shape[0], v.shape[1])
@@ -653,7 +651,7 @@ def match(u, v, slices, variety=None, history=None, scale=None):
 def style_copies(picture, rotations, scales, resample):
     """The style picture, and its copies turned by steps of 7.5 degrees and rescaled by steps of 5 % each way [LW16].
 
-    Of a turned picture the largest part of the same proportions is kept that has no corner outside.
+    A turned picture is cropped to the largest centred part of the same proportions without empty corners.
 
     Parameters
     ----------
@@ -680,7 +678,7 @@ def style_copies(picture, rotations, scales, resample):
 
 
 def sheet(copies):
-    """Features of several pictures below each other as those of one, and which of its 3x3 patches lie in one picture.
+    """Stack features of several pictures below each other, and mark the 3x3 patches that lie within one picture.
 
     Parameters
     ----------
@@ -691,7 +689,7 @@ def sheet(copies):
     g : (sum of h_k, largest w_k, C) array
         Zero to the right of narrower pictures.
     whole : ((h - 2) (w - 2),) float32 array
-        1 for a patch, 0 over a seam or in the margin.
+        1 for a patch within one picture, 0 for one across a seam or in the margin.
     """
     w = max(g.shape[1] for g in copies)
     padded = [np.pad(g, [(0, 0), (0, w - g.shape[1]), (0, 0)]) for g in copies]
@@ -709,9 +707,8 @@ def content_loss(f, g):
 def style_loss(f, g, matches):
     """The mean over patches, offsets and channels of (patch of f - matched patch of g)^2 [LW16 eq. 2].
 
-    A sum of squares is never negative and is 0 where f and g are the same, which a form of fewer sums that cancel would
-    not keep. Its gradient at a pixel, 2 sum (f - g) over the up to nine patches that cover it, is summed in one array,
-    where Theano by itself would take nine.
+    The squares are not expanded: with rounding the cheaper form could be negative, or not 0 where f = g. The gradient
+    at a pixel, 2 sum (f - g) over the up to nine patches that cover it, is summed in one array; Theano would take nine.
 
     Parameters
     ----------
@@ -728,7 +725,7 @@ def style_loss(f, g, matches):
             difference = theano.gradient.disconnected_grad(f[y:H - 2 + y, x:W - 2 + x] - matched)
             slope = T.inc_subtensor(slope[y:H - 2 + y, x:W - 2 + x], difference)
             total += T.sum(difference ** 2)
-    total += T.sum(2 * slope * (f - theano.gradient.disconnected_grad(f)))              # adds 0, and the gradient
+    total += T.sum(2 * slope * (f - theano.gradient.disconnected_grad(f)))              # 0, with the gradient 2 slope
     return total / T.cast(9 * (H - 2) * (W - 2) * C, 'float32')
 
 
@@ -741,9 +738,9 @@ def gram(f):
 def gram_loss(f, A):
     """E = 1 / (4 C^2) sum (G - A)^2 of f (H, W, C), with A the `gram` of the style picture [GEB16 eq. 4].
 
-    The paper's equation has G = F F^T and 1 / (4 N^2 C^2); here each picture has its own N, so that sizes may differ.
-    The paper also scales the network's filters to a mean activation of one, and the code its authors released later
-    divides by another C^2. Here the network is VGG as it is, so that conv4_1 weighs most of the paper's five layers.
+    The paper has G = F F^T and 1 / (4 N^2 C^2); here each G is divided by its own N, so that sizes may differ. The
+    paper also scales the network's filters to a mean activation of one, and the code its authors released later divides
+    by another C^2. Here VGG is unscaled, so that conv4_1 weighs most among the paper's five layers.
     """
     return T.mean((gram(f) - A) ** 2) / 4
 
@@ -756,8 +753,8 @@ def smoothness_loss(x, power=1.25):
 
 # ---- objective -------------------------------------------------------------------------------------------------------
 
-# A factor for the features of each layer in the losses, whose weights are made for VGG19: it gives the loss terms of
-# Oxford's VGG16 the size that VGG19's have, on average over eight pairs of pictures (samples/measure_balance.py).
+# Factors on the features of each layer in the losses, whose default weights are for VGG19: they bring the loss terms of
+# Oxford's VGG16 to the size of VGG19's, on average over eight pairs of pictures (samples/measure_balance.py).
 BALANCE = {'vgg19': 16 * (1,),
            'vgg16': (0.94, 0.87, 0.74, 0.63, 0.53, 0.51, 0.80, 2.59, 4.00, 5.98, 2.24, 2.29, 5.32)}
 
@@ -767,17 +764,17 @@ def balance(kind):
     return dict(zip(layer_names(kind), BALANCE[kind]))
 
 
-# What is known of an image: loss terms as weighted, content and style by layer, gradient (3, H, W).
+# Evaluation of an image: weighted loss terms, content and style by layer; gradient (3, H, W) of their sum.
 Evaluation = namedtuple('Evaluation', 'total content style smooth gradient seconds matching_seconds')
 
 
 def shared(dimensions, kind='float32'):
-    """An empty array in a variable that compiled functions share."""
+    """A Theano shared variable with an empty array."""
     return theano.shared(np.zeros((0,) * dimensions, kind))
 
 
 class PatchTerm:
-    """The style loss of a layer by patches, which features and maps match, each of length one at every pixel [C16].
+    """The style loss of a layer by patches, matched by features and maps that are normalised at every pixel [C16].
 
     Parameters
     ----------
@@ -788,15 +785,15 @@ class PatchTerm:
     semantic : bool
         Whether there are maps.
     transparent : bool
-        Whether some of the style picture is.
+        Whether some of the style picture is fully transparent.
     slices : int
-        Batches of matching, without the engine.
+        Batches of matching; the engine needs none.
     fast : bool
-        With the engine's matching.
+        Use the engine's matching.
     """
 
-    degree = 2                                                          # of the loss in the features
-    power = 1.25                                                        # of the smoothness that belongs to the method
+    degree = 2                                                          # of the loss as a polynomial in the features
+    power = 1.25                                                        # exponent in `smoothness_loss`
     patched = True
 
     def __init__(self, options, numbers, semantic, transparent, slices, fast):
@@ -824,7 +821,7 @@ class PatchTerm:
         return T.ones_like(patch_scale(u))
 
     def match(self, f):
-        """Symbolic matches of the image's features f (H, W, C), and updates of what the next evaluation needs."""
+        """Symbolic matches of the image's features f (H, W, C), and updates of matches and history."""
         u = theano.gradient.disconnected_grad(self.key(f))
         scale = self.scale and (self.image_scale(u), self.scale)
         matches, history = self.match_patches(u, self.keys, self.slices, self.numbers['variety'], self.history, scale)
@@ -835,7 +832,7 @@ class PatchTerm:
         return style_loss(f, self.features, matches)
 
     def set(self, prepare, g, whole, seen, m, n):
-        """Take the style of a phase.
+        """Set the style and the maps of a phase.
 
         Parameters
         ----------
@@ -844,9 +841,9 @@ class PatchTerm:
         g : (h, w, C) array
             Features of the style picture and its copies, as `sheet` lays them out.
         whole : ((h - 2) (w - 2),) array
-            1 for what is a patch of one picture, else 0.
+            1 for patches within one picture, else 0.
         seen : (h, w) bool array or None
-            What is not transparent.
+            False where the style is fully transparent.
         m, n : (H, W, K) and (h, w, K) arrays or None
             Maps of the image and of the style.
         """
@@ -866,7 +863,7 @@ class PatchTerm:
             self.scale.set_value(whole)
 
     def describe(self):
-        """How many patches there are, of how many channels, and their memory."""
+        """Number and shape of the style patches, and their memory, in words."""
         v, arrays = self.keys.get_value(borrow=True), {id(array): array for array in (self.features, self.keys)}
         count = (v.shape[0] - 2) * (v.shape[1] - 2)
         if self.scale:
@@ -901,7 +898,7 @@ class WholePatchTerm(PatchTerm):
 
 
 class GramTerm:
-    """The style loss of a layer by its Gram matrix [GEB16]: the mean over the layers, as the paper weighs them.
+    """The style loss of a layer by its Gram matrix, divided by the number of layers [GEB16].
 
     Its parameters and methods are those of `PatchTerm`; it has no matches.
     """
@@ -938,7 +935,7 @@ def style_term(options):
 
 
 class Objective:
-    """The total loss of an image and its gradient, compiled once and set anew for each phase.
+    """The total loss of an image and its gradient; compiled once, its data set for each phase.
 
     Parameters
     ----------
@@ -948,11 +945,11 @@ class Objective:
     content, semantic : bool
         Whether there is a content picture, and whether there are maps.
     fast : bool
-        With the engine, which is for the CPU; without it by the formulas as they stand.
+        Use the engine, on the CPU only; else the plain formulas.
     transparent : bool
-        Whether some of the style picture is.
+        Whether some of the style picture is fully transparent.
     slices : int
-        Batches of matching, without the engine.
+        Batches of matching; the engine needs none.
     """
 
     def __init__(self, weights, options, content, semantic, fast=False, transparent=False, slices=1):
@@ -962,7 +959,7 @@ class Objective:
         style_layers = options.style_layers if options.style_weight else []
         self.layers = list(dict.fromkeys(content_layers + style_layers)) or ['1_1']
 
-        # Numbers are variables too, so that the same compiled code serves all their values.
+        # Shared variables, not constants: the compiled code is the same for all values.
         self.numbers = {name: theano.shared(np.float32(0)) for name in ('smoothness', 'semantic_weight', 'variety')}
         self.weights = {(kind, layer): theano.shared(np.float32(0)) for kind, layers in
                         (('content', content_layers), ('style', style_layers)) for layer in layers}
@@ -995,7 +992,7 @@ class Objective:
         return theano.function([x], terms + [theano.grad(sum(terms), x)], updates=updates, profile=profile, mode=mode)
 
     def set_phase(self, content, style, content_map, style_map, size, style_alpha=None):
-        """Compute what stays the same during a phase.
+        """Set weights, targets and style terms, which are constant during a phase.
 
         Parameters
         ----------
@@ -1004,8 +1001,7 @@ class Objective:
         content_map, style_map : arrays (H', W', K) of any size, or None
         size : (width, height) of the image
         style_alpha : array (h', w', 1) of any size, or None
-            Where it is 0 there is no style: patches that see nothing else are not matched, and a Gram matrix is of the
-            other pixels.
+            Pixels of 0 are left out: patches that lie wholly in them are not matched, and Gram matrices omit them.
         """
         for name, variable in self.numbers.items():
             variable.set_value(np.float32(getattr(self.options, name)))
@@ -1020,7 +1016,7 @@ class Objective:
         self.fresh = True
 
     def set_style(self, style, content_map, style_map, size, style_alpha):
-        """The part of `set_phase` that the style terms take."""
+        """The part of `set_phase` for the style terms."""
         steps = self.options.rotations, self.options.scales
         pictures = style_copies(style, *steps, Image.BICUBIC)
         maps, alphas = [[] if channels is None else style_copies(np.moveaxis(channels, 2, 0), *steps, Image.BILINEAR)
@@ -1047,7 +1043,7 @@ class Objective:
         """
         start, matched, x = time.perf_counter(), self.matching_seconds(), np.float32(x)
         if self.fresh and self.options.variety and not self.options.cache:
-            self.matching(x)                                            # to know which patches are used much
+            self.matching(x)                                            # for the first h(j)
         *terms, gradient = (self.matching if self.fresh else self.cached)(x)
         if not np.isfinite(terms).all() or not np.isfinite(gradient).all():
             raise FloatingPointError('the loss or its gradient is not finite')
@@ -1063,12 +1059,12 @@ class Objective:
                                  if isinstance(node.op, Matching))
 
     def state(self):
-        """All that it knows of earlier evaluations, as arrays by name."""
+        """Matches and histories of the last evaluation, as arrays by name."""
         return {name: variable.get_value() for name, variable in self.remembered.items()} | {
             'fresh': np.array(self.fresh)}                              # whether the next matches are the phase's first
 
     def restore(self, state):
-        """Go back to a `state` of this phase."""
+        """Restore a `state` of this phase."""
         for name, variable in self.remembered.items():
             variable.set_value(state[name])
         self.fresh = bool(state['fresh'])
@@ -1077,10 +1073,10 @@ class Objective:
 # ---- optimisation ----------------------------------------------------------------------------------------------------
 
 class Minimiser:
-    """L-BFGS-B over the pixels within 0..255 [BLNZ95]: `ask` for an image, `tell` its loss, again and again.
+    """L-BFGS-B with pixels bounded to 0..255 [BLNZ95]: `ask` for an image, `tell` its loss and gradient, and so on.
 
-    The routine is the one under `scipy.optimize.fmin_l_bfgs_b`, which keeps its variables to itself. Here they are
-    attributes, so that a run goes on from a checkpoint as if it had never ended.
+    The routine is that of `scipy.optimize.fmin_l_bfgs_b`. Here its variables are attributes, saved in checkpoints, so
+    that a resumed run takes exactly the steps of one that was not interrupted.
 
     Parameters
     ----------
@@ -1088,15 +1084,15 @@ class Minimiser:
         Where to start; later the last image that a line search accepted.
     """
 
-    CORRECTIONS = 5                                                     # pairs of steps and gradients that it remembers
-    NEW_X, EVALUATE = 1, 3                                              # what the routine says with `task`
+    CORRECTIONS = 5                                                     # pairs of steps and gradient changes in memory
+    NEW_X, EVALUATE = 1, 3                                              # values of `task[0]`
 
     def __init__(self, image):
         self.image, self.limit, self.recovered = np.float64(image), math.inf, False
         self.start()
 
     def start(self):
-        """Begin at the image, without memory."""
+        """Start from `image`, with an empty memory."""
         n, m = self.image.size, self.CORRECTIONS
         self.x, self.loss, self.gradient = self.image.flatten(), 0., np.zeros(n)
         self.work, self.indices = np.zeros((2 * m + 5) * n + (11 * m + 8) * m), np.zeros(3 * n, 'i4')
@@ -1104,11 +1100,11 @@ class Minimiser:
         self.doubles = np.zeros(29)
 
     def advance(self):
-        """Run the routine until it wants a loss; where a line search finds nothing, it begins anew at the image."""
+        """Run the routine until it needs a loss; if a line search fails, restart from `image`."""
         n = self.x.size
-        bounds = np.zeros(n), np.full(n, 255.), np.full(n, 2, 'i4')     # 2: a pixel has both
+        bounds = np.zeros(n), np.full(n, 255.), np.full(n, 2, 'i4')     # 2: two bounds
         while True:
-            # Without tolerances (0., 0.) it never ends by itself; a line search has 20 evaluations at most.
+            # Tolerances of 0: it never converges; 20: most evaluations of a line search.
             lbfgsb.setulb(self.CORRECTIONS, self.x, *bounds, self.loss, self.gradient, 0., 0., self.work, self.indices,
                           self.task, self.logicals, self.integers, self.doubles, 20, self.line_task)
             if self.task[0] == self.EVALUATE:
@@ -1119,18 +1115,18 @@ class Minimiser:
                 self.start()
 
     def ask(self):
-        """The image (3, H, W) whose loss is wanted; `tell` changes it."""
-        if not self.task[0]:                                            # at a start
+        """The image (3, H, W) to evaluate, a view of `x`, which `tell` changes."""
+        if not self.task[0]:                                            # just started
             self.advance()
         return self.x.reshape(self.image.shape)
 
     def tell(self, loss, gradient):
-        """Take in the loss of that image and its gradient (3, H, W).
+        """Continue with the loss of that image and its gradient (3, H, W).
 
         Raises
         ------
         FloatingPointError
-            The loss is a million times the least so far, or no number.
+            The loss is not a number, or more than a million times the least so far.
         """
         if not loss <= self.limit:
             raise FloatingPointError('the loss blew up')
@@ -1139,18 +1135,18 @@ class Minimiser:
         self.advance()
 
     def recover(self, error):
-        """Begin anew at the image after a `FloatingPointError`, once; then raise it."""
+        """Restart from `image` after the first `FloatingPointError`; raise the second."""
         if self.recovered:
             raise error
         self.recovered = True
         self.start()
 
     def state(self):
-        """All that it knows, as arrays by name; not copied."""
+        """All attributes as arrays by name; not copied."""
         return {name: np.asarray(value) for name, value in vars(self).items()}
 
     def restore(self, state):
-        """Go back to a `state`."""
+        """Restore a `state`."""
         for name in vars(self):
             setattr(self, name, state[name] if np.ndim(state[name]) else state[name].item())
 
@@ -1178,11 +1174,11 @@ def paint(objective, inputs, options, at, journal, signals):
     inputs : Inputs
     options : argparse.Namespace
     at : Checkpoint
-        Where to begin, and then always the last moment from which the run can go on.
+        Where to begin; updated after each evaluation.
     journal : Journal
-        Is told of every phase and evaluation.
+        Records every phase and evaluation.
     signals : Signals
-        Heard while something is computed.
+        May interrupt computations only.
     """
     for phase in range(at.phase, options.phases):
         size = phase_size(inputs.size, phase, options.phases)
@@ -1209,20 +1205,20 @@ def paint(objective, inputs, options, at, journal, signals):
 
 
 def evaluate(objective, at, journal, signals):
-    """One evaluation; a signal or failure while it is computed leaves everything as it was.
+    """One evaluation and optimiser step; a signal or an error in the evaluation leaves all state unchanged.
 
     Raises
     ------
     FloatingPointError
-        The loss is no number, or blew up.
+        The loss or its gradient is not finite, or the loss blew up.
     """
     x = at.minimiser.ask()
     try:
         with signals.heard():
             evaluation = objective(x)
-    except BaseException as error:                                      # the matches may be new already
+    except BaseException as error:                                      # matches may have been updated
         if isinstance(error, FloatingPointError):
-            at.memory['fresh'] = np.array(True)                         # the next image is another: matched anew
+            at.memory['fresh'] = np.array(True)                         # the restart needs new matches
         objective.restore(at.memory)
         raise
     at.count(evaluation)
@@ -1254,7 +1250,7 @@ def run(arguments):
     if options.check:
         for line in remarks + plan(inputs, options):
             say(f'  - {line}')
-    if options.device == 'cpu' and not device:                          # else it was checked before
+    if options.device == 'cpu' and not device:                          # else `paint_maps` did
         check_memory(inputs, options)
     if options.check:
         return 0
@@ -1270,7 +1266,7 @@ def run(arguments):
     at.header |= dict(device=device, slices=choose_slices(inputs, options, device))
     objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, device == 'cpu',
                           inputs.style_alpha is not None, at.header['slices'])
-    del weights, network                                                # the objective has its own
+    del weights, network                                                # free memory: the objective has copies
     return paint_and_save(objective, inputs, options, at, Journal(options, places, inputs.size, at))
 
 
