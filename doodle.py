@@ -1275,14 +1275,14 @@ def run(arguments):
 # Fingerprint, which tells channel order and filter flip: the first row of conv1_1, as cross-correlation on BGR.
 FIRST = {'vgg19': (0.341195, 0.339992, -0.0448442), 'vgg16': (0.4294706, 0.3734670, -0.0613601)}
 
-# VGG19 as Keras publishes it. Hosts vanish: a file is known by its size and checksum, not by its address.
+# VGG19 as Keras publishes it, identified by size and checksum, since addresses may vanish.
 KERAS = {'file': 'vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5', 'bytes': 80_134_624,
          'md5': '253f8cb515780f3b799900260a226db6'}
 ADDRESSES = ('https://storage.googleapis.com/tensorflow/keras-applications/vgg19/',
              'https://github.com/fchollet/deep-learning-models/releases/download/v0.1/')
-PATIENCE = 10                                                         # seconds without a word, then the next address
+PATIENCE = 10                                                         # seconds without data, then the next address
 
-# A pre-trained network: its kind, {'1_1': (W, b), ...} as cross-correlation on BGR, where it is from, its checksum.
+# A pre-trained network: its kind, {'1_1': (W, b), ...} for cross-correlation on BGR, path and checksum of its file.
 Weights = namedtuple('Weights', 'kind layers path sha256')
 
 
@@ -1294,7 +1294,7 @@ class ArrayUnpickler(pickle.Unpickler):
                     '_reconstruct': np.core.multiarray._reconstruct}
         if module.split('.')[0] == 'numpy' and name in admitted:
             return admitted[name]
-        if (module, name) == ('_codecs', 'encode'):                   # how protocol 2 spells bytes
+        if (module, name) == ('_codecs', 'encode'):                   # how protocol 2 stores bytes
             return lambda text, encoding: text.encode('latin1')
         raise pickle.UnpicklingError(f'it asks for {module}.{name}, which no array needs')
 
@@ -1332,7 +1332,7 @@ def read_npz(path):
 
 
 def read_weights(path):
-    """A pre-trained network, its filters flipped and its colours ordered as we use them.
+    """Read a pre-trained network, and convert it to cross-correlation on BGR.
 
     Parameters
     ----------
@@ -1344,7 +1344,7 @@ def read_weights(path):
     weights : Weights
         float32; the layers that the file has, in the network's order.
     remark : str or None
-        What was mended, or that the network is unknown.
+        What was converted, or that the network is unknown.
 
     Raises
     ------
@@ -1365,7 +1365,7 @@ def read_weights(path):
     except Exception as error:  # a broken file can raise anything in the libraries that read it
         raise UserError(f'{path!r} cannot be read as weights: {one_line(error)}.', fix) from None
     layers, layout = mended(layers, kind)
-    remark = {None: f'{path!r} is not a known VGG network: its colours and filters are taken as they are.',
+    remark = {None: f'{path!r} is not a known VGG network: BGR and cross-correlation are assumed.',
               'BGR': None}.get(layout, f'{path!r} is stored as {layout}: mended.')
     with open(path, 'rb') as file:
         checksum = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -1373,7 +1373,7 @@ def read_weights(path):
 
 
 def known_layers(layers, kind):
-    """The layers of a network as far as there are any, in order; ValueError where one is missing or misshapen."""
+    """Layers in the network's order, up to the deepest in the file; ValueError if one is missing or misshapen."""
     names = layer_names(kind)
     names = names[:max([names.index(name) + 1 for name in layers if name in names], default=1)]
     for before, name in zip([3, *map(filters, names)], names):
@@ -1385,7 +1385,7 @@ def known_layers(layers, kind):
 
 
 def mended(layers, kind):
-    """Layers as cross-correlation on BGR, and how they were stored, by `FIRST`; None where that tells nothing."""
+    """Layers for cross-correlation on BGR, and their layout in the file as told by `FIRST`, or None if unknown."""
     first = layers['1_1'][0]
     for order, channels in (('BGR', np.s_[:]), ('RGB', np.s_[::-1])):
         for flip, step in (('', 1), (', filters flipped', -1)):
@@ -1397,7 +1397,7 @@ def mended(layers, kind):
 
 
 def download(address, part):
-    """Fetch the Keras file to `part`, going on where an earlier attempt broke off; OSError if it is not that file."""
+    """Download the Keras file to `part`, resuming an earlier attempt; OSError if it is incomplete or another file."""
     have = os.path.getsize(part) if os.path.exists(part) else 0
     if have < KERAS['bytes']:
         request = urllib.request.Request(address, headers={'Range': f'bytes={have}-'} if have else {})
@@ -1408,7 +1408,7 @@ def download(address, part):
                 while file.tell() <= KERAS['bytes'] and (piece := response.read(1 << 16)):
                     bar.update(file.write(piece))
     if os.path.getsize(part) < KERAS['bytes']:
-        raise OSError('the connection broke off')                       # what came is kept for the next attempt
+        raise OSError('the connection broke off')                       # `part` is kept for the next attempt
     with open(part, 'rb') as file:
         if hashlib.file_digest(file, 'md5').hexdigest() != KERAS['md5']:
             os.unlink(part)
@@ -1418,12 +1418,12 @@ def download(address, part):
 def fetch_vgg19():
     """The path of VGG19 as .npz in the cache folder, fetched and converted the first time.
 
-    ``DOODLE_ADDRESSES`` may name more folders on the net, with spaces between, which are tried first.
+    ``DOODLE_ADDRESSES`` may hold further addresses of folders, separated by spaces, which are tried first.
 
     Raises
     ------
     OSError
-        No address gave the file; the message tells why, for each.
+        No address has the file; the message tells why, for each.
     """
     folder = os.path.join(os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache'), 'neural-doodle')
     path, part = os.path.join(folder, 'vgg19.npz'), os.path.join(folder, KERAS['file'] + '.part')
@@ -1431,7 +1431,7 @@ def fetch_vgg19():
         return path
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, 'lock'), 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)                                # of several runs at once one fetches
+        fcntl.flock(lock, fcntl.LOCK_EX)                                # of concurrent runs only one fetches
         troubles = []
         if os.path.exists(path):
             return path
@@ -1439,7 +1439,7 @@ def fetch_vgg19():
             say(f'  - Fetching VGG19 from {address} ..')
             try:
                 download(address + KERAS['file'], part)
-            except (OSError, ValueError, http.client.HTTPException) as error:   # ValueError: it is no address
+            except (OSError, ValueError, http.client.HTTPException) as error:   # ValueError: no URL
                 troubles.append(f'{urllib.parse.urlsplit(address).netloc}: {error}')
                 continue
             arrays = {f'conv{name}.{kind}': array for name, pair in read_h5(part).items()
@@ -1452,10 +1452,9 @@ def fetch_vgg19():
 
 
 def find_weights(options):
-    """The weights asked for with --weights or --network, else the best there are.
+    """The weights named by --weights or --network, else VGG19, else the bundled VGG16.
 
-    These are the original's file beside the script or in this folder, VGG19 from the cache or the net, and at last the
-    bundled VGG16.
+    VGG19 is the original's file beside the script or in the working folder, else from the cache or downloaded.
 
     Returns
     -------
@@ -1492,11 +1491,11 @@ def find_weights(options):
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 def cgroup(kind, unified, *legacy):
-    """The numbers in a file of this process's cgroup and of each above it: v2, or v1, which has several files."""
+    """Yield the numbers in the file `unified` (v2) or files `legacy` (v1) of this process's cgroup and its parents."""
     lines = []
     with contextlib.suppress(OSError), open('/proc/self/cgroup') as file:
         lines = [line.rstrip('/\n').split(':', 2) for line in file]
-    for _, kinds, path in lines:                                        # a container sees its own as /
+    for _, kinds, path in lines:                                        # in a container the path is /
         folder, files = (f'/{kind}', legacy) if kinds else ('', [unified])
         for depth in range(path.count('/') + 1 if kind in kinds.split(',') or not kinds else 0):
             with contextlib.suppress(OSError, ValueError):              # no such file; 'max', which is no number
@@ -1506,13 +1505,13 @@ def cgroup(kind, unified, *legacy):
 
 
 def allowed_cores():
-    """How many cores this process may use: those of its CPU set, or fewer by the quota of its cgroup."""
+    """Number of cores this process may use: those of its CPU set, or fewer by the quota of a cgroup."""
     quotas = cgroup('cpu', 'cpu.max', 'cpu.cfs_quota_us', 'cpu.cfs_period_us')
     return min([len(os.sched_getaffinity(0))] + [math.ceil(quota / period) for quota, period in quotas if quota > 0])
 
 
 def memory_limit():
-    """Bytes that this process may fill: what the machine has to spare, or less by the limit of a cgroup."""
+    """Bytes available to this process: the machine's free memory and swap, or less by the limit of a cgroup."""
     with open('/proc/meminfo') as file:
         free = dict(re.findall(r'(\w+): +(\d+) kB', file.read()))
     limits = cgroup('memory', 'memory.max', 'memory.limit_in_bytes')
@@ -1520,19 +1519,19 @@ def memory_limit():
 
 
 def memory_needed(size, style_size, options):
-    """Bytes at the peak of a run on the CPU: fitted to runs of all methods, linear in the pixels of both pictures."""
-    def floats(names):                                                  # bytes a pixel of the picture
+    """Estimated peak bytes of a run on the CPU: linear in the pixels of both pictures, fitted to all methods' runs."""
+    def floats(names):                                                  # bytes for each pixel of the picture
         return sum(4 * filters(name) / stride(name) ** 2 for name in names)
     style = floats(options.style_layers)
     network = floats(layer_names('vgg19', options.style_layers + options.content_layers))
     patched = style if options.method != 'gatys' else 0
     painting = ((1.45 * network + 1.35 * style + 1.5 * patched) * math.prod(size) +
                 2.7 * patched * copy_count(options) * math.prod(style_size))
-    return max(570e6, 430e6 + painting)                                 # at first for the weights and their compilation
+    return max(570e6, 430e6 + painting)                                 # at least: loading weights and compiling
 
 
 def check_memory(inputs, options):
-    """Refuse a run that would not fit, with the size that would."""
+    """Refuse a run that does not fit into memory, naming a size that does."""
     size, style_size = inputs.size, inputs.style.shape[1::-1]
 
     def sizes(longest):
@@ -1549,11 +1548,11 @@ def check_memory(inputs, options):
 
 
 def check_sizes(inputs, options):
-    """Refuse pictures that are too small for the layers, and a style that is transparent as far as a layer sees."""
+    """Refuse pictures too small for the layers, and a style fully transparent at a layer's resolution."""
     if options.output_size and (inputs.content is not None or inputs.content_map is not None):
         raise UserError('--output-size is for texture synthesis; here the content or its map gives the size.',
                         'leave --output-size out')
-    # A layer whose patches are matched needs one of 3x3, any other one pixel, in the smallest phase.
+    # In the smallest phase a layer that is matched by patches needs 3x3 pixels, any other one.
     patched, style_size = options.style_layers if style_term(options).patched else [], inputs.style.shape[1::-1]
     least, layer = max((stride(layer) * (3 if layer in patched else 1), layer) for layer in
                        options.style_layers + (options.content_layers if inputs.content is not None else []))
@@ -1571,7 +1570,7 @@ def check_sizes(inputs, options):
 
 
 def operations(size, style_size, layers, patched):
-    """Multiplications and additions of an evaluation, in direct form: the network, there and back, and the matching."""
+    """Floating-point operations of an evaluation, by direct convolution: (network forward and backward, matching)."""
     def area(size, name):
         return math.prod(side // stride(name) for side in size)
     names = layer_names('vgg19', layers)
@@ -1581,19 +1580,19 @@ def operations(size, style_size, layers, patched):
 
 
 def plan(inputs, options):
-    """The run that would be, in lines: phases, patches, memory, and the time on this CPU, by its speed in NumPy."""
+    """Lines of --check: phases, patches, memory, and the time on this CPU, estimated by a matrix product in NumPy."""
     style_size, total, lines = inputs.style.shape[1::-1], 0, []
     layers = options.style_layers + (options.content_layers if inputs.content is not None else [])
     patched = options.style_layers if options.method != 'gatys' and options.style_weight else []
     square = np.ones((2048, 2048), np.float32)
-    square @ square                                                     # wakes the cores
+    square @ square                                                     # warm-up
     start = time.perf_counter()
     square @ square
     rate = 2 * 2048 ** 3 / (time.perf_counter() - start)
     for phase in range(options.phases):
         size, other = (phase_size(whole, phase, options.phases) for whole in (inputs.size, style_size))
         network, matching = operations(size, other, layers, patched)
-        # The engine's network reaches NumPy's rate, counted so, and its matching half of it.
+        # The engine's network reaches NumPy's rate in these operations, its matching half of it.
         matching *= 2 * copy_count(options) / (options.iterations if options.cache else 1)
         seconds = (network + matching) / rate
         total += seconds * options.iterations
@@ -1606,7 +1605,7 @@ def plan(inputs, options):
 
 
 def fitting_slices(image, style, layers, memory):
-    """The number of slices with which the scores of `match` fit into a share of a GPU's memory.
+    """The number of slices with which the scores of `match` fit into their share of a GPU's memory.
 
     Parameters
     ----------
@@ -1614,19 +1613,19 @@ def fitting_slices(image, style, layers, memory):
     layers : list of str
         Style layers.
     memory : int
-        Free bytes. A quarter is for the scores, and 4 GB at most: the network needs more, and few slices gain nothing.
+        Free bytes. The scores get a quarter, at most 4 GB: the network needs the rest, and fewer slices save no time.
     """
     needed = [1]
     for layer in layers:
         W, H, w, h = (side // stride(layer) for side in (*image, *style))
-        # Three such arrays are alive: products, their sum, and one to spare. Two more rows of pixels than patches.
+        # Three arrays at once: products, their sum, a spare. A batch takes two more rows of pixels than of patches.
         row = 3 * 4 * H * W * w
         needed.append(min(h - 2, math.ceil((h - 2) / max(1, min(memory / 4, 1 << 32) // row - 2))))
     return max(needed)
 
 
 def choose_slices(inputs, options, device):
-    """Batches of matching: as asked for, or by the free memory of a GPU; the engine has none."""
+    """Batches of matching: --slices, or by the free memory of a GPU; the engine, on the CPU, needs none."""
     if options.slices or device == 'cpu':
         return options.slices or 1
     width, height = inputs.style.shape[1::-1]                           # of the sheet of all copies:
@@ -1635,7 +1634,7 @@ def choose_slices(inputs, options, device):
 
 
 def check_compiler():
-    """Theano compiles C: without a compiler it would run, a hundred times slower, without a word."""
+    """Refuse to run without compiler or Python's headers: Theano would silently run a hundred times slower."""
     if not shutil.which('g++') and 'cxx=' not in os.environ.get('THEANO_FLAGS', ''):
         raise UserError('There is no g++, which compiles the network.', 'install g++ (Debian: apt-get install g++)')
     if not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
@@ -1657,7 +1656,7 @@ def blas_flags():
 
 
 class NoProps(tuple):
-    """An empty ``__props__`` that is true: for Theano a false one has no version and is compiled at each start."""
+    """An empty but truthy ``__props__``: Ops with a falsy one have no version, and Theano recompiles them each time."""
 
     def __bool__(self):
         return True
@@ -1667,31 +1666,31 @@ class NoProps(tuple):
 
 
 def prepare_process():
-    """What must be set before NumPy is imported: its BLAS reads the number of threads then."""
+    """Set the number of threads, which BLAS reads when NumPy is imported, and how glibc frees memory."""
     os.environ.setdefault('OMP_NUM_THREADS', str(allowed_cores()))
-    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')                 # a thread that waits leaves its core to others
+    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')                 # idle threads sleep, and do not spin
     return_freed_memory()
 
 
 def return_freed_memory():
-    """Let glibc give back what is freed at once, where by itself it keeps blocks of up to 32 MB and their gaps."""
-    with contextlib.suppress(OSError, AttributeError):                  # other C libraries do
+    """Have glibc return freed blocks from 4 MB on to the system; by default it keeps those of up to 32 MB."""
+    with contextlib.suppress(OSError, AttributeError):                  # another C library
         ctypes.CDLL('libc.so.6').mallopt(-3, 4 << 20)                   # M_MMAP_THRESHOLD
 
 
 def keep_compiled_code():
-    """Let Theano find all that it compiled in an earlier process, where by itself it compiles some Ops each time."""
+    """Make Theano's compile cache work for all Ops; by default some are compiled anew in each process."""
     ops = [theano.gof.Op]
     for op in ops:
         ops += op.__subclasses__()
         if vars(op).get('__props__') == ():
             op.__props__ = NoProps()
-    # Theano's is hash(), another in each process.
+    # Theano's version is the hash() of a string, which differs between processes.
     theano.gof.op.COp.c_code_cache_version = lambda op: (zlib.crc32(''.join(op.func_codes).encode()),)
 
 
 def compile_quickly():
-    """Let g++ read the headers of Theano's C++ once only, which take most of its time, and leave debug symbols out."""
+    """Precompile the headers of Theano's C++, which take g++ most of its time, and leave debug symbols out."""
     compiler, header = theano.gof.cmodule.GCC_compiler, os.path.join(theano.config.compiledir, 'headers.h')
     compile_str = compiler.compile_str
 
@@ -1701,7 +1700,7 @@ def compile_quickly():
                 file.write(b'#include <Python.h>\n#include <iostream>\n#include <vector>\n#include <algorithm>\n'
                            b'#include "theano_mod_helper.h"\n#include <math.h>\n#include <numpy/arrayobject.h>\n'
                            b'#include <numpy/arrayscalars.h>\n')
-            # Where it does not fit g++ passes over it, and where it cannot be made things just take longer.
+            # g++ ignores a precompiled header that does not fit its flags; without one, compiling just takes longer.
             with contextlib.suppress(OSError, subprocess.SubprocessError), written_whole(header + '.gch') as file:
                 flags = '-shared', '-g0', '-O3', '-fno-math-errno', '-fvisibility=hidden', *compiler.compile_args()
                 folders = ('-I' + folder for folder in theano.gof.cmodule.std_include_dirs())
@@ -1712,13 +1711,13 @@ def compile_quickly():
 
 
 def integers(count, function, *arguments):
-    """The integers that a C function of CUDA's writes, or None where it fails."""
+    """The integers that a C function of CUDA writes to its first `count` arguments, or None if it fails."""
     numbers = [ctypes.c_int() for _ in range(count)]
     return None if function(*map(ctypes.byref, numbers), *arguments) else tuple(number.value for number in numbers)
 
 
 def check_cuda(device):
-    """Refuse, in plain words, what libgpuarray would answer with a number or a crash.
+    """Refuse drivers and cards on which libgpuarray would fail by an error number or a crash.
 
     Raises
     ------
@@ -1754,8 +1753,7 @@ def described(device):
 
 
 def open_device(options, inputs=None):
-    """Import Theano and open the device asked for, or else the CPU if that has memory for the run of these `inputs`;
-    says and returns which it is."""
+    """Import Theano and open the device, or else the CPU, if a run of `inputs` fits its memory; returns the device."""
     used, trouble = import_theano(options.device)
     if trouble:
         say(bold('WARNING: {} Computing on the CPU instead. FIX: {}.'.format(*trouble.args)))
@@ -1766,7 +1764,7 @@ def open_device(options, inputs=None):
 
 
 def set_theano_flags(device):
-    """Set THEANO_FLAGS: ours, and over them the user's; returns the device, which these may name, too."""
+    """Add our flags to THEANO_FLAGS, where the user's win; returns the device, which may be among the user's."""
     user = dict(flag.strip().split('=', 1) for flag in os.environ.get('THEANO_FLAGS', '').split(',') if '=' in flag)
     device = user.pop('device', device)
     if user.get('floatX', 'float32') != 'float32':
@@ -1775,7 +1773,7 @@ def set_theano_flags(device):
     flags = {'floatX': 'float32', 'device': 'cpu', 'dnn.enabled': 'False', 'print_active_device': 'False'}
     if 'blas.ldflags' not in user:
         flags.update(blas_flags())
-    if 'gcc.cxxflags' in user:                                         # adds to ours, without which BLAS has no names
+    if 'gcc.cxxflags' in user:                                         # added to ours, which name the BLAS routines
         user['gcc.cxxflags'] = f"{flags.get('gcc.cxxflags', '')} {user['gcc.cxxflags']}".strip()
     if not os.access(os.path.expanduser('~'), os.W_OK):
         flags['base_compiledir'] = os.path.join(tempfile.gettempdir(), f'theano-{os.getuid()}')
@@ -1784,7 +1782,7 @@ def set_theano_flags(device):
 
 
 def import_theano(device):
-    """Import Theano 1.0.5 and Lasagne 0.1 on a Python they were not made for, and open the device.
+    """Import Theano 1.0.5 and Lasagne 0.1 on Python 3.11, which they predate, and open the device.
 
     Parameters
     ----------
@@ -1794,7 +1792,7 @@ def import_theano(device):
     Returns
     -------
     device : str
-        The device really used.
+        The device in use.
     trouble : UserError or None
         Why it is not the one asked for.
     """
@@ -1823,9 +1821,9 @@ def import_theano(device):
 
 
 def open_gpu(device):
-    """Have Theano use a GPU; returns None, or the `UserError` that tells why it cannot."""
+    """Make Theano use a GPU; returns None, or the `UserError` that tells why it cannot."""
     try:
-        import pygpu  # noqa: F401, first, since what Theano says of its absence helps nobody
+        import pygpu  # noqa: F401, first, for its ImportError is clearer than Theano's message
         if device.startswith('cuda'):
             check_cuda(device)
         import theano.gpuarray
@@ -1851,12 +1849,12 @@ def winograd(W):
 
 
 class CompiledOp:
-    """What both Ops have: float32 arrays, and code with OpenMP, which heeds OMP_NUM_THREADS and the CPU set."""
+    """Base of both Ops: float32 inputs, and C++ with OpenMP, whose threads follow OMP_NUM_THREADS and the CPU set."""
 
     props = ()
 
     def apply(self, inputs, dimensions, outputs):
-        """The node, once its inputs are known to have these dimensions."""
+        """The Apply node; TypeError unless inputs are float32 of these numbers of dimensions."""
         inputs = [T.as_tensor_variable(variable) for variable in inputs]
         for variable, ndim in zip(inputs, dimensions):
             if variable.dtype != 'float32' or variable.ndim != ndim:
@@ -1867,29 +1865,28 @@ class CompiledOp:
         return COMMON + self.code()
 
     def c_code_cache_version(self):
-        return zlib.crc32(self.c_support_code().encode()), 1            # not hash(), which differs in every process
+        return zlib.crc32(self.c_support_code().encode()), 1            # hash() differs between processes
 
     def c_compile_args(self):
         return ['-fopenmp']
 
     def call(self, function, arguments, sub):
-        """C code that calls a function and fails where it throws."""
+        """C code that calls a function, and fails as an Op if it throws."""
         return f'if (!guarded([&] {{ {function}({", ".join(arguments)}); }})) {sub["fail"]}'
 
 
 class ConvolutionOp(CompiledOp):
     """The rectified 'same' convolution with 3x3 filters, or its gradient, by Winograd's F(4x4, 3x3) [LG15].
 
-    A tile of 4x4 pixels is made of 6x6 pixels of the input; that takes 36 products of (tiles, C) and (C, K) matrices
-    where it would be 144. The gradient, with respect to the input alone, is the convolution with transposed and turned
-    filters.
+    A tile of 4x4 pixels is computed from 6x6 pixels of the input by 36 products of (tiles, C) and (C, K) matrices, not
+    144. The gradient, of the input alone, is the convolution with transposed and turned filters.
 
     Parameters
     ----------
     pool : bool
         Average the input over 2x2 pixels first.
     backward : bool
-        Be the gradient.
+        Compute the gradient.
     """
 
     props = 'pool', 'backward'
@@ -1915,13 +1912,12 @@ class ConvolutionOp(CompiledOp):
 
 
 class MatchingOp(CompiledOp):
-    """For every 3x3 patch i of u (H, W, D) the patch j of v (h, w, D) with the largest score, the first of equals.
+    """For every 3x3 patch i of u (H, W, D) the patch j of v (h, w, D) with the largest score, of equal ones the first.
 
         S(i, j) = a(i) b(j) sum_d u(i + d) . v(j + d),        less penalty(j)
 
-    Where a and b are empty they are 1; where b(j) is 0 there is no patch j. The sum over the offsets d is taken over
-    shifted products of single pixels: they cost a ninth of the products of patches, no patch is ever stored, and of the
-    products only a few rows at a time.
+    Empty a and b stand for 1; where b(j) is 0, patch j is never matched. As in `match`, the sum over the offsets d is
+    over shifted products of single pixels; only a few rows of these products are stored at a time.
     """
 
     def code(self):
@@ -1937,9 +1933,9 @@ class MatchingOp(CompiledOp):
 
 
 def define_ops():
-    """The Ops `Convolution` and `Matching`, as soon as there is Theano to derive them from; once.
+    """Define the Ops `Convolution` and `Matching` once Theano, which has their base class, is imported.
 
-    Theano keeps compiled code by the pickled name of its Op, which must be the same for the script and its tests.
+    Theano's compile cache uses the pickled name of an Op, so that the module is `doodle` also when it is __main__.
     """
     global Convolution, Matching
     if 'Matching' not in globals():
@@ -1950,7 +1946,7 @@ def define_ops():
 
 
 def fast_convolution(W, b, pool):
-    """`Convolution` for Lasagne, with bias, rectifier and pooling in it, of (1, C, H, W) that lie as (H, W, C).
+    """`Convolution` with bias, rectifier and pooling for Lasagne: of (1, C, H, W) arrays, stored as (H, W, C).
 
     Parameters
     ----------
@@ -1966,7 +1962,7 @@ def fast_convolution(W, b, pool):
 
 
 def fast_match(u, v, slices, variety=None, history=None, scale=None):
-    """What `match` gives; of the products only three rows by one row are alive at a time, so there are no slices."""
+    """`match` by the engine, which stores so few products at a time that `slices` is not needed."""
     a, b = scale or 2 * [np.zeros(0, np.float32)]
     if history is None:
         return Matching()(u, v, a, b), None
@@ -1975,9 +1971,9 @@ def fast_match(u, v, slices, variety=None, history=None, scale=None):
 
 
 def depth_first(graph):
-    """The order in which Theano runs a graph's nodes, each value just before its use: its own keeps more alive."""
+    """Schedule of a graph's nodes, each just before its result is used: Theano's default order holds more arrays."""
     order, stack = {}, [variable.owner for variable in reversed(graph.outputs) if variable.owner]
-    before = graph.orderings()                                          # who reads what a node overwrites
+    before = graph.orderings()                                          # readers of what an in-place node overwrites
     while stack:
         needed = [variable.owner for variable in stack[-1].inputs] + list(before.get(stack[-1], ()))
         needed = [node for node in needed if node and node not in order]
@@ -1989,28 +1985,28 @@ def depth_first(graph):
 
 # ---- files: pictures -------------------------------------------------------------------------------------------------
 
-# A picture as it is seen: (H, W, 3) uint8 RGB, its alpha (H, W) uint8 or None, what there is to say of it, in lines.
+# A decoded picture: pixels (H, W, 3) uint8 sRGB, alpha (H, W) uint8 or None, remarks for the user, a line each.
 Picture = namedtuple('Picture', 'pixels alpha remarks')
 
-# Pictures that Pillow decodes by itself, here: not those for which it starts a program (EPS), of which it knows the
-# name only (WMF), that hold files of any format (ICO, IPTC), or that take a microsecond a pixel (DDS, QOI).
+# Formats that are read: not those for which Pillow starts a program (EPS), which it cannot decode on Linux (WMF), which
+# embed files of any other format (ICO, IPTC), or which take it a microsecond for each pixel (DDS, QOI).
 FORMATS = 'PNG', 'JPEG', 'TIFF', 'WEBP', 'AVIF', 'GIF', 'BMP', 'PPM', 'JPEG2000', 'PSD', 'SGI', 'PCX', 'TGA'
-PIXEL_BYTES = 26                                                      # at most to read a pixel: JPEG2000; others 22
+PIXEL_BYTES = 26                                                      # of memory for each pixel: JPEG2000; others 22
 SMALLER = 'make a smaller copy with a paint program'
-MOST_SCANS = 100                                                      # of a JPEG; programs make 10, and each takes time
+MOST_SCANS = 100                                                      # of a JPEG: each takes time; programs write 10
 
 
 def import_pillow():
-    """NumPy, Pillow and tqdm, once the options are known to be right: ``--help`` answers without them."""
+    """Import NumPy, Pillow and tqdm, after the options are parsed: ``--help`` needs none of them."""
     global np, Image, ImageCms, ImageOps, tqdm
     import numpy as np
     from PIL import Image, ImageCms, ImageOps
     from tqdm import tqdm
-    Image.MAX_IMAGE_PIXELS = None                                       # `check_pixels` knows better
+    Image.MAX_IMAGE_PIXELS = None                                       # `check_pixels` has its own
 
 
 def is_there(path):
-    """Whether there is anything at `path`; UserError where this user may not know."""
+    """Whether `path` exists; UserError if a folder on the way is closed to this user."""
     try:
         os.stat(path)
     except PermissionError:
@@ -2021,7 +2017,7 @@ def is_there(path):
 
 
 def forbidden(path):
-    """The `UserError` that names what keeps this user from reading a file: a folder on the way, or its own bits."""
+    """The `UserError` for a file that this user may not read; it names the folder or file whose mode forbids it."""
     def name(user):
         with contextlib.suppress(KeyError):
             user = pwd.getpwuid(user).pw_name
@@ -2036,16 +2032,15 @@ def forbidden(path):
 
 
 def tiff_tag(image, number, default):
-    """The (first) number that a TIFF has under a tag; else, and for what is no TIFF, `default`."""
+    """The (first) number in a tag of a TIFF; `default` without that tag, and for other formats."""
     return np.ravel(getattr(image, 'tag_v2', {}).get(number, default))[0]
 
 
 def check_pixels(file, path):
-    """Refuse a picture, opened but not yet decoded, that would not fit or is a bomb.
+    """Refuse, before it is decoded, a picture that would not fit into memory, or is a decompression bomb.
 
-    A small file may claim any size, and flat pictures and maps are small files: 2**26 pixels are always read, 2**28
-    where there are at most 8192 to a byte of the file, all that deflate can, and more where there are at most 64, as in
-    photographs.
+    A small file may claim any size, but flat maps are small files, too. Accepted are 2**26 pixels from any file, 2**28
+    at up to 8192 for each byte of the file (the most by deflate), and more at up to 64, as in photographs.
     """
     size, tile = os.path.getsize(path), [int(tiff_tag(file, tag, 0)) for tag in (322, 323)]
     claimed = max(math.prod(file.size), math.prod(tile))
@@ -2057,8 +2052,8 @@ def check_pixels(file, path):
 
 
 def scan_count(path):
-    """How many scans the (first) JPEG at `path` has: each is decoded over all of its pixels."""
-    marker, count, place = re.compile(rb'\xff([\xc0-\xcf\xd9-\xfe])'), 0, 0        # the others have no length
+    """Number of scans of the (first) JPEG at `path`, each of which is decoded over all pixels."""
+    marker, count, place = re.compile(rb'\xff([\xc0-\xcf\xd9-\xfe])'), 0, 0        # others lack a length
     with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         while (found := marker.search(content, place)) and found[1] != b'\xd9':             # end of the image
             count, place = count + (found[1] == b'\xda'), found.end()
@@ -2068,11 +2063,11 @@ def scan_count(path):
 
 @contextlib.contextmanager
 def unheard():
-    """A block in which what libraries say of themselves on stderr, in Python or in C, reaches nobody."""
+    """Silence warnings and stderr within a block, also those of C libraries."""
     with contextlib.ExitStack() as end:
         end.enter_context(warnings.catch_warnings())
         warnings.simplefilter('ignore')
-        with contextlib.suppress(OSError):                              # it may be closed
+        with contextlib.suppress(OSError):                              # stderr may be closed
             stderr = os.dup(2)
             end.callback(os.close, stderr)
             end.callback(os.dup2, stderr, 2)
@@ -2082,17 +2077,17 @@ def unheard():
 
 
 def decoded(path):
-    """The picture or map at `path` as it lies in its file, turned upright by its EXIF orientation.
+    """Decode a picture or map in its file's own mode, turned upright by its EXIF orientation.
 
     Parameters
     ----------
     path : str
-        One of `FORMATS`; of what moves it is the first image.
+        One of `FORMATS`; of an animation the first frame is read.
 
     Returns
     -------
     PIL.Image.Image
-        In the file's own mode, with what the file says of it (profile, transparency) in ``info``.
+        With the file's profile and transparency in ``info``.
 
     Raises
     ------
@@ -2115,7 +2110,7 @@ def decoded(path):
             if file.format in ('JPEG', 'MPO') and (scans := scan_count(path)) > MOST_SCANS:
                 raise ValueError(f'it has {scans} scans, where {MOST_SCANS} are more than any program makes')
             key = file.info.get('transparency') if file.format == 'PNG' else None
-            if key is not None and file.tile[0].args == 'RGB;16B':      # Pillow leaves it as it is, unlike the pixels
+            if key is not None and file.tile[0].args == 'RGB;16B':      # Pillow scales the pixels to 8 bits, not this
                 file.info['transparency'] = tuple(value >> 8 for value in key)
             elif key is not None and file.tile[0].args in ('L;2', 'L;4'):
                 file.info['transparency'] = key * (85 if file.tile[0].args == 'L;2' else 17)
@@ -2125,17 +2120,17 @@ def decoded(path):
         raise
     except PermissionError:
         raise forbidden(path) from None
-    except Exception as error:  # Pillow's plugins raise whatever broken files make them raise
+    except Exception as error:  # a broken file can raise anything in Pillow's plugins
         long = 'a text or a profile in it is too long' if 'MAX_TEXT' in str(error) else None
         raise UserError(f'{path!r} cannot be read as a picture: {long or one_line(error)}.',
                         'open it and save it again as PNG') from None
 
 
 def alpha(image):
-    """How opaque the pixels of a Pillow image are, as one of mode L; None where all of them are, wholly."""
+    """The alpha channel of a Pillow image, of mode L; None if all pixels are fully opaque."""
     if not image.has_transparency_data:
         return None
-    if image.mode[0] == 'I':                                            # has no way to RGBA
+    if image.mode[0] == 'I':                                            # Pillow cannot convert it to RGBA
         opaque = Image.fromarray(np.uint8(255) * (np.asarray(image) != image.info['transparency']))
     else:
         opaque = image.convert('RGBA').getchannel('A')
@@ -2143,11 +2138,11 @@ def alpha(image):
 
 
 def grey_bytes(image, path):
-    """A Pillow image of deep greys as one of mode L.
+    """Convert a Pillow image with greys of more than 8 bits to mode L.
 
-    16 bits mean 0..65535, and 12 bits of a TIFF 0..4095. Of 32 bits, whole or floating, nobody says what is white: it
-    is the least of 255, 65535 and 2**32 - 1, or of 1, 255 and 65535, that all but a thousandth of the pixels keep to;
-    brighter ones become white, and darker ones than 0 black.
+    16 bits span 0..65535, and 12 bits of a TIFF 0..4095. For 32 bits no format defines white: it is taken as the least
+    of 255, 65535 and 2**32 - 1 for integers, or of 1, 255 and 65535 for floats, that at most a thousandth of the pixels
+    exceed. Values outside are clipped.
 
     Parameters
     ----------
@@ -2165,7 +2160,7 @@ def grey_bytes(image, path):
     Raises
     ------
     UserError
-        There are values that are no numbers, or below 0, or none of these whites suits.
+        Values are not finite, or more than a few are below 0 or above all these whites.
     """
     def some(which):                                                    # more than a few hot pixels
         return np.count_nonzero(which) > max(1, which.size // 1000)
@@ -2192,15 +2187,15 @@ def grey_bytes(image, path):
 
 
 def to_srgb(image, profile, path):
-    """A picture in the colours of sRGB, with perceptual intent, as is usual for photographs.
+    """Convert a picture to sRGB with perceptual intent, as is usual for photographs.
 
     Parameters
     ----------
     image : PIL.Image.Image
         Of mode L, RGB, CMYK or LAB.
     profile : bytes or None
-        ICC profile. None is a broken one, and one that changes no colour by more than a step is sRGB: the image stays
-        as it is, bit for bit.
+        ICC profile; None counts as a broken one. One that changes no value by more than 1 counts as sRGB: the image is
+        returned unchanged.
     path : str
 
     Returns
@@ -2212,8 +2207,8 @@ def to_srgb(image, profile, path):
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b''))
         transform = ImageCms.buildTransform(source, ImageCms.createProfile('sRGB'), image.mode, 'RGB')
         name = ' '.join(ImageCms.getProfileDescription(source).split())
-    except Exception as error:  # not this mode's; a Pillow without LittleCMS raises an ImportError
-        return image, f'The colour profile of `{path}` cannot be used, and its colours are taken as they lie: ' \
+    except Exception as error:  # a profile of another mode; ImportError: Pillow lacks LittleCMS
+        return image, f'The colour profile of `{path}` cannot be used, and sRGB is assumed: ' \
                       f'{one_line(error)}.'
     colours = np.stack(np.mgrid[:256:15, :256:15, :256:15], axis=3).reshape(18, 18 * 18, 3)
     colours = Image.fromarray(np.uint8(colours)).convert(image.mode)
@@ -2224,7 +2219,7 @@ def to_srgb(image, profile, path):
 
 
 def read_picture(path):
-    """A picture of any mode as it is seen: in the colours of sRGB, and where it is transparent on white.
+    """Read a picture of any mode as 8-bit sRGB, with transparent pixels laid on white.
 
     Parameters
     ----------
@@ -2261,18 +2256,17 @@ def read_picture(path):
 
 # ---- files: painted maps ---------------------------------------------------------------------------------------------
 
-# Colours no farther apart than this in RGB, 0..255, are one: slips of the brush, near-blacks, the noise of a JPEG.
+# Largest distance in RGB, 0..255, of colours that count as one: small slips, near-blacks, JPEG noise.
 NEAR = 24
 NOISE = 8                                                             # per channel, within a flat area of a noisy map
-LEAST = 0.001                                                         # of a map: what less than that covers is no class
+LEAST = 0.001                                                         # share of a map that a class must cover
 
 
 def map_pixels(images):
-    """Maps as their colours. Greys of more than 8 bits are labels, which mean the same in any mode.
+    """Maps as RGB arrays. Greys of more than 8 bits are read as labels, the same in all modes.
 
-    Where all are whole numbers up to 255 they are taken as they are, and multiples of 257 are divided by it. Else up to
-    256 values, of all grey maps together, are numbered from 0 on; more are scaled, 16 bits by 1/257, any others from
-    the lowest to the highest.
+    Whole numbers up to 255 are kept, and multiples of 257 divided by it. Other values, if all grey maps together have
+    at most 256, are numbered from 0 on, else scaled to 0..255: 16 bits by 1/257, others by their minimum and maximum.
 
     Parameters
     ----------
@@ -2332,10 +2326,10 @@ def even_pixels(colours, tolerance):
 
 
 def is_index_map(colours):
-    """Whether a lossless map (H, W, 3) holds numbers of classes as greys, as segmentation tools write them.
+    """Whether a lossless map (H, W, 3) holds class indices as greys, as segmentation tools write them.
 
-    It has at most 64 levels, some nearer than `NEAR`; most have an inside, a square of 2x2; and no two levels that
-    lie farther apart meet over different values in between, as at the blended borders of a painted map.
+    It has at most 64 levels, some within `NEAR` of each other; most cover squares of 2x2; and no two levels farther
+    apart have several different levels in between along their borders, as blended borders of a painted map have.
     """
     grey = colours[:, :, 0]
     levels = np.unique(grey)
@@ -2353,10 +2347,10 @@ def is_index_map(colours):
 
 
 def surroundings(labels, count):
-    """The classes around each pixel that has none: the first one in each of 16 directions.
+    """The classes around each unlabelled pixel: the first labelled pixel on each of 16 rays from it.
 
-    Only those no farther away than the shortest line through the pixel, from one class to another, is long: along a
-    border a ray sees what has nothing to do with it.
+    Two opposite rays that end in different classes cross a border. Ends farther away than the shortest such crossing
+    is long are left out: a ray along a border ends in classes that do not meet there.
 
     Parameters
     ----------
@@ -2366,20 +2360,20 @@ def surroundings(labels, count):
     Returns
     -------
     (n,) uint64 array
-        The classes as bits, for the pixels of -1, row by row.
+        Bit k is set for class k; for the pixels of -1, row by row.
     """
-    padded = np.pad(labels, 2, constant_values=count)                   # `count`: nothing is seen there
+    padded = np.pad(labels, 2, constant_values=count)                   # `count`: outside the map
     unknown = np.flatnonzero(padded < 0)
     n, spot = len(unknown), padded.ravel().astype(np.int32)
     spot += n
-    spot[unknown] = np.arange(n, dtype=np.int32)                        # < n: look further from there; else n + class
+    spot[unknown] = np.arange(n, dtype=np.int32)                        # < n: that unlabelled pixel; else n + class
     ends, lengths, shortest = [], [], np.full(n, np.inf, np.float32)
     for x, y in ((1, 0), (0, 1), (1, 1), (1, -1), (2, 1), (1, 2), (2, -1), (1, -2)):
         for step in (y * padded.shape[1] + x, -y * padded.shape[1] - x):
             ahead = np.append(spot[unknown + step], np.arange(n, n + count + 1, dtype=np.int32))
             steps = np.float32(np.arange(len(ahead)) < n)
             while (ahead < n).any():
-                steps, ahead = steps + steps[ahead], ahead[ahead]       # twice as far each time
+                steps, ahead = steps + steps[ahead], ahead[ahead]       # pointer jumping: the step doubles
             ends.append(np.uint8(ahead[:n] - n))
             lengths.append(steps[:n] * np.float32(math.hypot(x, y)))
         a, b = ends[-2:]
@@ -2392,15 +2386,15 @@ def surroundings(labels, count):
 
 
 def pairwise_distances(points, others):
-    """How far each of the points (n, d) is from each of the others (k, d), (n, k)."""
-    from scipy.spatial.distance import cdist                            # not before there are maps to judge
+    """Euclidean distances (n, k) of points (n, d) from others (k, d)."""
+    from scipy.spatial.distance import cdist                            # imported for maps only
     return cdist(points, others)
 
 
 def hull_distance(points, corners):
-    """How far each of the points (n, d) lies from the convex hull of the corners (k, d), by Frank and Wolfe's way."""
+    """Distances (n,) of points (n, d) from the convex hull of corners (k, d), by the Frank-Wolfe algorithm."""
     nearest = corners[pairwise_distances(points, corners).argmin(axis=1)]
-    for _ in range(8 if len(corners) > 2 else 1):                       # a line takes one step
+    for _ in range(8 if len(corners) > 2 else 1):                       # one step is exact for two corners
         towards = corners[((points - nearest) @ corners.T).argmax(axis=1)] - nearest
         t = ((points - nearest) * towards).sum(axis=1) / np.maximum((towards ** 2).sum(axis=1), 1e-9)
         nearest = nearest + t.clip(0, 1)[:, None] * towards
@@ -2411,8 +2405,7 @@ YCBCR = (0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081)     
 
 
 def blended(points, corners):
-    """Which colours (n, 3) lie between others (k, 3), within `NEAR`: in RGB, or in brightness and in chroma, which a
-    JPEG blends apart."""
+    """Which colours (n, 3) are blends of `corners` (k, 3), within `NEAR`: in RGB, or in luma and chroma separately."""
     inner, outer = (colours @ np.array(YCBCR).T for colours in (points, corners))           # (n, 3), (k, 3)
     y, ends = inner[:, 0], outer[:, 0]
     apart = (hull_distance(inner[:, 1:], outer[:, 1:]) <= NEAR) & (abs(y - y.clip(ends.min(), ends.max())) <= NEAR)
@@ -2420,21 +2413,21 @@ def blended(points, corners):
 
 
 def groups(colours, shares):
-    """Colours (N, 3) gathered around the largest, again and again.
+    """Group colours (N, 3) greedily: the largest one left, with all that are left within `NEAR` of it.
 
     Parameters
     ----------
     shares : (N, maps) array
-        Of each map, by colour.
+        Share of each map that a colour covers.
 
     Yields
     ------
     centre : int
-        Number of the largest colour that is left.
+        Index of the largest colour left.
     ways : (N,) array
-        How far all colours are from it.
+        Distances of all colours from it.
     group : (N,) bool array
-        What is left within `NEAR`.
+        Colours left within `NEAR` of it.
     """
     left, size = shares.any(axis=1), shares.sum(axis=1)
     for _ in range(256):
@@ -2447,9 +2440,10 @@ def groups(colours, shares):
 
 
 def peaks(colours, flat, exact):
-    """Numbers of the colours (N, 3) that have flat areas of their own, 64 at most.
+    """Indices of the colours (N, 3) that are peaks of the histogram over flat areas, 64 at most.
 
-    Most of what is near such a colour is very near, or exactly of it. A ramp has no peaks.
+    Most of the area within `NEAR` of a peak is within `NEAR / 3`, or much of that has exactly its colour; a ramp has
+    no peaks.
 
     Parameters
     ----------
@@ -2466,7 +2460,7 @@ def peaks(colours, flat, exact):
 
 
 def numbered_colours(maps):
-    """Maps (H, W, 3) as numbers (H, W) of all their colours, and these colours (N, 3)."""
+    """Maps (H, W, 3) as indices (H, W) into a table of all their colours, and that table (N, 3)."""
     codes = [colour_codes(rgb) for rgb in maps]
     table = np.zeros(1 << 24, np.int32)                                 # of all colours; faster than to sort the pixels
     for code in codes:
@@ -2477,11 +2471,11 @@ def numbered_colours(maps):
 
 
 def painted_classes(maps):
-    """The classes of maps painted by hand, and of each pixel the class that it belongs to.
+    """Find the classes of maps painted by hand, and the class of each pixel.
 
-    A class is gathered around a colour of its own: one that has flat areas, or covers `LEAST` by itself. What lies
-    between the classes around it is a blend (anti-aliasing, a soft brush, a scaled map) and belongs to the nearest of
-    these, however much there is of it.
+    A class forms around a colour that has flat areas, or covers `LEAST` by itself. A pixel whose colour is a blend of
+    the classes around it (anti-aliasing, a soft brush, a scaled map) belongs to the nearest of them; blends form no
+    class, however large their area.
 
     Parameters
     ----------
@@ -2518,7 +2512,7 @@ def painted_classes(maps):
                 found[centre] = max(way[centre] for way in ways)
         if not found or len(classes) == 64:
             break
-        # Of the ends of a ramp and its middle the ends come first: what is left between them then is a blend.
+        # The colour farthest from its surroundings first: once both ends of a ramp are classes, its middle is a blend.
         chosen = list(found) if len(found) > 16 else [max(found, key=found.get)]
         classes = np.append(classes, colours[chosen], axis=0)[:64]
     nearest = pairwise_distances(colours, classes).argmin(axis=1)
@@ -2526,21 +2520,21 @@ def painted_classes(maps):
 
 
 def sides(number, colours, classes, even):
-    """The class of each pixel of a map: in flat areas that of its colour, in a blend the nearest around it.
+    """Label the pixels of a map: in flat areas by their colour, in blends by the nearest of the classes around.
 
     Parameters
     ----------
     number : (H, W) int array
-        Of each pixel's colour.
+        Index of each pixel's colour.
     colours, classes : (N, 3) and (K, 3) arrays
     even : (H, W) bool array
 
     Returns
     -------
     labels : (H, W) int array
-        -1 where it is neither.
+        -1 where neither applies.
     ways : (N,) array
-        How far each colour is, on average, from the nearest class around it, where it is no blend.
+        Mean distance of each colour from the nearest class around, over its pixels of label -1.
     """
     if not len(classes):
         return np.full(number.shape, -1, np.int8), np.zeros(len(colours))
@@ -2554,7 +2548,7 @@ def sides(number, colours, classes, even):
     for place, bits in enumerate(seen):
         around = np.flatnonzero([int(bits) >> k & 1 for k in range(len(classes))])
         kind = slice(*np.searchsorted(kinds, (place * len(colours), (place + 1) * len(colours))))
-        found = kinds[kind] - place * len(colours)                      # numbers of the colours seen from there
+        found = kinds[kind] - place * len(colours)                      # indices of the colours there
         if len(around):
             way[kind] = distances[found][:, around].min(axis=1)
         if len(around) > 1:
@@ -2568,13 +2562,13 @@ def sides(number, colours, classes, even):
 
 
 def map_classes(maps, index):
-    """The classes of colours that several maps have together, and the class of each pixel.
+    """The joint classes of several maps, and the class of each pixel.
 
     Parameters
     ----------
     maps : list of (H, W, 3) uint8 arrays
     index : list of bool
-        Which of them are index maps: each of their levels is a class, and is the same in another map only exactly.
+        Which maps hold class indices: each level is a class, and only exactly equal ones are one class.
 
     Returns
     -------
@@ -2598,15 +2592,15 @@ def map_path(path, extension):
 
 
 def map_paths(options):
-    """Where the maps are to be found: of the content, or else of the output, which is a doodle, and of the style."""
+    """Paths of the two maps: of the content, or of the output (a doodle) if there is none, and of the style."""
     return [find_map(path, options.semantic_ext) for path in (options.content or options.output, options.style)]
 
 
-MAP_ENDINGS = '.png', '.tif', '.tiff', '.webp', '.bmp', '.gif', '.tga', '.ppm', '.jpg', '.jpeg'  # the better come first
+MAP_ENDINGS = '.png', '.tif', '.tiff', '.webp', '.bmp', '.gif', '.tga', '.ppm', '.jpg', '.jpeg'  # by preference
 
 
 def other_endings(path, picture_path):
-    """The files with the name of the map at `path` but another ending of a picture's, and not that of its picture."""
+    """Files named as the map at `path`, with other endings; none if the picture itself has that name."""
     stem, ending = os.path.splitext(path)
     folder, name = os.path.split(stem)
     found = []
@@ -2618,19 +2612,19 @@ def other_endings(path, picture_path):
 
 
 def find_map(path, extension):
-    """The map of the picture at `path`: its name + `extension`, or where that is not there, with another ending."""
+    """The map of the picture at `path`: its name + `extension`, or if that is missing, with another ending."""
     exact = map_path(path, extension)
     return exact if os.path.lexists(exact) else next(iter(other_endings(exact, path)), exact)
 
 
 def orientation(path):
-    """How the file at `path` says that its picture is turned: 1 not at all, 2 .. 8 by EXIF."""
+    """EXIF orientation of the picture at `path`: 1 upright, 2 .. 8 flipped or turned."""
     with unheard(), Image.open(path, formats=FORMATS) as file:
         return file.getexif().get(0x0112, 1)
 
 
 def check_map_size(path, image, picture_path, size):
-    """Refuse a map of another shape than its picture's; returns a warning where that cannot be told, or None.
+    """Refuse a map of other proportions than its picture; returns a warning if EXIF may misalign them, or None.
 
     Parameters
     ----------
@@ -2643,7 +2637,7 @@ def check_map_size(path, image, picture_path, size):
     turned = orientation(picture_path) if orientation(path) == 1 else 1
     (w, h), (width, height) = image.size, size
 
-    def fits(w, h):                                                     # but for rounding, or 3 % of the proportions
+    def fits(w, h):                                                     # up to rounding, or 3 % of the proportions
         return abs(h * width - w * height) <= max(w, h, width, height, 0.03 * w * height, 0.03 * h * width)
 
     if fits(w, h):
@@ -2663,9 +2657,7 @@ Classified = namedtuple('Classified', 'classes maps labels warnings')
 
 
 def classify_maps(paths, pictures, longest=None):
-    """Read maps and find their classes, in the files' own pixels; then bring them to the size of their pictures.
-
-    That is done by the nearest pixel, so that the colours stay those that were painted.
+    """Read maps, find their classes at full size, and resize them to their pictures by the nearest pixel.
 
     Parameters
     ----------
@@ -2673,7 +2665,7 @@ def classify_maps(paths, pictures, longest=None):
     pictures : list of (str, (H, W, 3) array), or of None
         The path and the pixels of the picture of each map; None for a doodle, which has the map's size.
     longest : int or None
-        The longer side of a doodle at most.
+        Largest longer side of a doodle.
 
     Returns
     -------
@@ -2700,7 +2692,7 @@ def classify_maps(paths, pictures, longest=None):
 
 @functools.cache
 def import_automaps():
-    """``samples/automaps.py`` beside the script, as a module that imports this very one."""
+    """``samples/automaps.py`` beside the script, as a module that imports this one."""
     path = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'samples', 'automaps.py')
     if not os.path.isfile(path):
         raise UserError(f'--auto-maps needs {path!r}, which is not there.',
@@ -2713,7 +2705,7 @@ def import_automaps():
 
 
 def legend(classes, maps, labels):
-    """What each class covers of the maps, and what in them is likely a painting mistake, in lines.
+    """Lines with the share of each class in the maps, and warnings of likely painting mistakes.
 
     Parameters
     ----------
@@ -2732,7 +2724,7 @@ def legend(classes, maps, labels):
         counts, owner[code] = np.bincount(code.ravel(), minlength=1 << 24), labels[name]
         found = np.flatnonzero(counts)
         found = found[np.argsort(counts[found], kind='stable')]
-        most.append(dict(zip(owner[found].tolist(), found.tolist())))   # of several the last stays
+        most.append(dict(zip(owner[found].tolist(), found.tolist())))   # commoner colours overwrite rarer ones
     order = np.argsort(-shares.sum(axis=0), kind='stable').tolist()
     pairs = [f'#{most[0][k]:06x} and #{most[-1][k]:06x}' for k in order
              if all(k in colours for colours in most) and most[0][k] != most[-1][k]]
@@ -2754,7 +2746,7 @@ def legend(classes, maps, labels):
 
 
 def paint_maps(inputs, options):
-    """Have the missing maps painted; returns what that needs, as `find_weights` and `open_device` give it."""
+    """Paint the missing maps; returns the network and device used, as `find_weights` and `open_device` do."""
     if options.device == 'cpu':
         check_memory(inputs, options)
     automaps = import_automaps()
