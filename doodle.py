@@ -200,7 +200,7 @@ VALUES = {parse_path: 'PATH', str: 'EXT', parse_size: 'WxH', parse_natural: 'N',
           parse_seed: 'SEED', parse_range: 'LO:HI', parse_method: 'NAME', parse_weight: 'X', parse_layers: 'LAYERS',
           parse_bias: 'X', parse_steps: 'N', parse_switch: '0|1', parse_device: 'DEVICE', parse_network: 'NAME'}
 
-SAME, FREE = 'same', 'free'                                           # on --resume an option must be the same, or not
+SAME, FREE = 'same', 'free'                                           # on --resume: must be as before, or may differ
 
 OPTIONS = {'pictures': (
     # option              resume type           default        meaning
@@ -898,10 +898,7 @@ class WholePatchTerm(PatchTerm):
 
 
 class GramTerm:
-    """The style loss of a layer by its Gram matrix, divided by the number of layers [GEB16].
-
-    Its parameters and methods are those of `PatchTerm`; it has no matches.
-    """
+    """The style loss of a layer by its Gram matrix, over the number of layers [GEB16]; used as `PatchTerm` is."""
 
     degree, power, patched, matches, remembered = 4, 1.25, False, None, {}
 
@@ -924,7 +921,7 @@ class GramTerm:
         self.gram.set_value(prepare(g if seen is None else g[seen][None]))
 
     def describe(self):
-        """The size of the matrix, and its memory."""
+        """Shape of the matrix, and its memory, in words."""
         A = self.gram.get_value(borrow=True)
         return f'{A.shape} Gram matrix in {A.nbytes // 1000:,}kb'
 
@@ -1205,7 +1202,7 @@ def paint(objective, inputs, options, at, journal, signals):
 
 
 def evaluate(objective, at, journal, signals):
-    """One evaluation and optimiser step; a signal or an error in the evaluation leaves all state unchanged.
+    """One evaluation and optimiser step; after a signal or an error in the evaluation the objective is restored.
 
     Raises
     ------
@@ -1743,7 +1740,7 @@ def check_cuda(device):
 
 
 def described(device):
-    """A device in words: a GPU with its name, memory and driver."""
+    """A device in words, a GPU with name, memory and driver."""
     if device == 'cpu':
         return '`cpu`'
     gpu, driver = theano.gpuarray.get_context(None), ''
@@ -2236,7 +2233,7 @@ def read_picture(path):
     """
     image = decoded(path)
     info, opaque, remarks = image.info, alpha(image), []
-    info.pop('transparency', None)                                      # it is in `opaque`
+    info.pop('transparency', None)                                      # `opaque` has it
     if image.mode[0] in 'IF' or tiff_tag(image, 339, 1) == 2:           # 2: signed bytes
         image, remark = grey_bytes(image, path)
         remarks.append(remark)
@@ -2442,8 +2439,7 @@ def groups(colours, shares):
 def peaks(colours, flat, exact):
     """Indices of the colours (N, 3) that are peaks of the histogram over flat areas, 64 at most.
 
-    Most of the area within `NEAR` of a peak is within `NEAR / 3`, or much of that has exactly its colour; a ramp has
-    no peaks.
+    Most of the area within `NEAR` of a peak is within `NEAR / 3`, or much of it has the exact colour. Ramps have none.
 
     Parameters
     ----------
@@ -2759,7 +2755,7 @@ def paint_maps(inputs, options):
 # ---- files: what a run writes ----------------------------------------------------------------------------------------
 
 def expanded(path):
-    """A path with its ~ expanded; UserError where that means nothing."""
+    """A path with its ~ expanded; UserError if there is no such user, or in a container."""
     user, _, rest = path.partition('/')
     if user.startswith('~') and mounts() is not None:
         home = '$HOME' if user == '~' else f'/home/{user[1:]}'
@@ -2772,12 +2768,12 @@ def expanded(path):
 
 
 def same_file(a, b):
-    """Whether two paths, there already or not, name one file."""
+    """Whether two paths, existing or not, name one file."""
     return os.path.realpath(a) == os.path.realpath(b) or all(map(os.path.exists, (a, b))) and os.path.samefile(a, b)
 
 
 def mounts():
-    """The folders mounted into our container and where on the host they come from, {path: source}; outside it None."""
+    """The folders mounted into the program's container, {path: source on the host}; None outside of one."""
     if 'DOODLE_CONTAINER' not in os.environ:
         return None
     with open('/proc/self/mountinfo') as file:
@@ -2806,8 +2802,8 @@ Places = namedtuple('Places', 'output copy checkpoint')
 def place_output(options):
     """The `Places` of a run.
 
-    Where the output would be lost with the container there is a copy on a mounted folder. Where it could not even be
-    written (a read-only container), the copy takes its place. The checkpoint lies beside what is kept.
+    An output that would be lost with the container has a copy in a mounted folder; if the container is read-only, the
+    copy is the output. The checkpoint is beside the copy, or else the output.
     """
     output, copy = options.output, None
     if mounts() is not None and not mount_of(output):
@@ -2821,7 +2817,7 @@ def place_output(options):
 
 
 def kept(places):
-    """The result's path in words, and in our container whether it outlives it."""
+    """The result's path in words, and in a container whether it is on a mounted folder."""
     path = places.copy or places.output
     if mounts() is None:
         return f'`{path}`'
@@ -2830,7 +2826,7 @@ def kept(places):
 
 
 def check_files(options, places):
-    """Refuse files that a run could not write or would overwrite; warnings of what a container would not keep."""
+    """Refuse outputs that cannot be written or overwrite inputs; returns warnings of those lost with the container."""
     maps = map_paths(options)
     read = [options.content, options.style, options.weights, *maps]
     read += [] if options.seed in ('noise', 'content') else [options.seed]
@@ -2844,7 +2840,7 @@ def check_files(options, places):
 
 
 def check_written(options, places, read):
-    """Refuse what would overwrite an input or could not be written at the end; make the missing folders."""
+    """Refuse outputs that would overwrite an input or cannot be written; make the missing folders."""
     folders = {'--frames': options.frames} if options.save_every else {}
     outputs = list(filter(None, places))
     for flag, path in [('--output', path) for path in outputs] + [('--log', options.log)] * bool(options.log):
@@ -2859,7 +2855,7 @@ def check_written(options, places, read):
         raise UserError('--log is the same file as the output or its checkpoint.', 'choose another --log')
     image_format(places.output)
     for flag, folder in folders.items():
-        if os.path.isdir(folder) or not options.check:                  # which leaves nothing behind
+        if os.path.isdir(folder) or not options.check:                  # --check creates nothing
             check_folder(folder, flag, f'choose another {flag}')
 
 
@@ -2873,7 +2869,7 @@ def check_folder(folder, flag, fix):
 
 
 def image_format(path):
-    """Pillow's name of the format that the ending of `path` stands for."""
+    """Pillow's name of the format for the ending of `path`."""
     name = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
     try:
         Image.new('RGB', (1, 1)).save(io.BytesIO(), format=name)
@@ -2889,28 +2885,28 @@ os.umask(UMASK)
 
 @contextlib.contextmanager
 def written_whole(path):
-    """A binary file that appears at `path` whole, at the end of the block, or not at all."""
+    """Write a binary file atomically: it appears at `path` at the end of the block, or not at all."""
     folder = os.path.dirname(path) or '.'
-    os.makedirs(folder, exist_ok=True)                                  # it may have vanished since it was checked
+    os.makedirs(folder, exist_ok=True)                                  # it may have been removed since `check_folder`
     prefix = f'.doodle-{zlib.crc32(os.fsencode(os.path.abspath(path))):08x}-'
     names = fnmatch.filter(os.listdir(folder), prefix + '*') if os.access(folder, os.R_OK) else ()
     for name in names:
         with contextlib.suppress(OSError), open(os.path.join(folder, name)) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # no run holds it: one that was killed left it
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # unlocked: left by a killed run
             os.unlink(file.name)
     while True:
         temporary = tempfile.NamedTemporaryFile(dir=folder, prefix=prefix, delete=False)
-        with contextlib.suppress(OSError):                              # not on every file system
+        with contextlib.suppress(OSError):                              # some file systems have no locks
             fcntl.flock(temporary, fcntl.LOCK_EX)
-        if os.path.exists(temporary.name):                              # else it was taken for one of those
+        if os.path.exists(temporary.name):                              # else a run removed it before it was locked
             break
         temporary.close()
     try:
         with temporary as file:
             yield file
             file.flush()
-            os.chmod(temporary.name, 0o666 & ~UMASK)                    # temporary files are for their owner alone
-            os.replace(temporary.name, path)                            # while it is held
+            os.chmod(temporary.name, 0o666 & ~UMASK)                    # temporary files have mode 0600
+            os.replace(temporary.name, path)                            # while it is locked
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary.name)
@@ -2918,7 +2914,7 @@ def written_whole(path):
 
 
 def write_picture(rgb, path):
-    """Write (H, W, 3) uint8 `rgb`, in the format that the ending of `path` stands for."""
+    """Write (H, W, 3) uint8 `rgb`, in the format of the ending of `path`."""
     with written_whole(path) as file:
         Image.fromarray(np.ascontiguousarray(rgb)).save(file, format=image_format(path), quality=95)
 
@@ -2926,7 +2922,7 @@ def write_picture(rgb, path):
 def claim_frames(folder):
     """A folder for this run's frames: `folder` itself, or the first of its ``run-2``, ``run-3``, ... that is new.
 
-    A run takes a folder by making ``command.txt`` in it, which says what the frames are of.
+    A run claims a folder by creating ``command.txt`` in it, which holds the command line.
     """
     for number in itertools.count(1):
         place = folder if number == 1 else os.path.join(folder, f'run-{number}')
@@ -2940,24 +2936,24 @@ def claim_frames(folder):
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What a run knows between two evaluations, and all that `--resume` needs."""
+    """The state of a run between two evaluations: all that `--resume` needs."""
 
     header: dict                                                        # its `provenance`
     phase: int = 0
-    evaluation: int = 0                                                 # how many were made in this phase,
-    number: int = 0                                                     # and in all
-    error: float = 255.                                                 # largest slope of a pixel, a running mean
-    frames: str = None                                                  # the folder that it claimed
+    evaluation: int = 0                                                 # number of evaluations in this phase
+    number: int = 0                                                     # and in all phases
+    error: float = 255.                                                 # running mean of the largest |gradient|
+    frames: str = None                                                  # the folder of `claim_frames`
     minimiser: Minimiser = None
     memory: dict = None                                                 # `Objective.state`
 
     def begin(self, phase, image, objective):
-        """A phase begins with an image."""
+        """Start a phase from an image."""
         self.phase, self.evaluation, self.error = phase, 0, 255.
         self.minimiser, self.memory = Minimiser(image), objective.state()
 
     def count(self, evaluation):
-        """An evaluation was made."""
+        """Count an evaluation."""
         self.evaluation, self.number = self.evaluation + 1, self.number + 1
         self.error = 0.9 * self.error + 0.1 * min(float(np.abs(evaluation.gradient).max()), 255)
 
@@ -2983,8 +2979,8 @@ def write_checkpoint(path, at):
                if field.name not in ('minimiser', 'memory')}
     state = dict(format=FORMAT, version=__version__, arrays=list(arrays)) | numbers
     with written_whole(path) as file:
-        for array in (json.dumps(state), *arrays.values()):             # no .npz: zipfile has words of its own for a
-            np.save(file, array)                                        # full disk
+        for array in (json.dumps(state), *arrays.values()):             # not .npz: zipfile hides that a disk is full
+            np.save(file, array)
 
 
 def find_checkpoint(path, header, resume):
@@ -2994,7 +2990,7 @@ def find_checkpoint(path, header, resume):
     ----------
     path : str
     header : dict
-        `provenance` of the run. Where it has no random seed, that of the checkpoint serves, or a new one.
+        `provenance` of the run. If it has no random seed, the checkpoint's is taken, or one is drawn.
     resume : bool
     """
     remarks = []
@@ -3012,7 +3008,7 @@ def find_checkpoint(path, header, resume):
 
 
 def read_checkpoint(path, header):
-    """The `Checkpoint` at `path`, which the run of this `header` may go on from.
+    """The `Checkpoint` at `path`, from which the run of this `header` is to go on.
 
     Raises
     ------
@@ -3047,10 +3043,10 @@ def read_checkpoint(path, header):
 
 
 def differing(then, now):
-    """In what the run of a checkpoint and this one differ, by their `provenance`: (name, then, now)."""
+    """Differences between the `provenance` of a checkpoint and that of this run, as (name, then, now)."""
     inputs, noisy = now['inputs'], now['options']['seed'] == 'noise'
     same = (then['inputs'], then['shapes']) == (inputs, now['shapes'])
-    # Options that this run does not use, or whose effect on pictures and sizes is compared.
+    # Options without effect in this run, or whose effect on pictures and sizes is compared instead.
     unused = {'max_size': same, 'output_size': same, 'seed': inputs['seed'], 'seed_range': not noisy,
               'content_weight': same and not inputs['content'], 'content_layers': same and not inputs['content'],
               'semantic_weight': same and not inputs['style_map']}
@@ -3066,7 +3062,7 @@ def differing(then, now):
 
 
 def is_before(line, at):
-    """Whether a line of a log is whole, and its header or of an evaluation before a `Checkpoint`."""
+    """Whether a line of a log is complete, and is the header or an evaluation before the `Checkpoint`."""
     with contextlib.suppress(ValueError, TypeError, KeyError):
         entry = json.loads(line)
         known = at.phase, at.evaluation
@@ -3075,9 +3071,9 @@ def is_before(line, at):
 
 
 class Journal:
-    """What a run leaves behind and says while it goes on: lines, progress, frames, log, checkpoints, result.
+    """The output of a run: lines, progress bar, frames, log, checkpoints, result.
 
-    What cannot be written never ends a run: the person watching is told why, once.
+    A file that cannot be written does not end a run, but is warned of, once for each path.
 
     Parameters
     ----------
@@ -3085,7 +3081,7 @@ class Journal:
     places : Places
     size : (width, height) of the result
     at : Checkpoint
-        Where the run begins: a log of what was before is gone on with.
+        Where the run begins; a resumed run continues its log from there.
     """
 
     def __init__(self, options, places, size, at):
@@ -3104,7 +3100,7 @@ class Journal:
 
     @contextlib.contextmanager
     def spared(self, path):
-        """A block in which what cannot be written at `path` is told, the first time, and the run goes on."""
+        """Turn an OSError in the block, which writes to `path`, into a warning, once for each path."""
         try:
             yield
         except OSError as error:
@@ -3123,7 +3119,7 @@ class Journal:
         self.say(bold(f'WARNING: {text}.'))
 
     def begin(self, at, size, objective):
-        """A phase begins, at this (width, height)."""
+        """Describe the phase that begins; `size` is (width, height)."""
         scale = 1 / 2 ** (self.options.phases - 1 - at.phase)
         self.say(f'\n{bold(f"Phase #{at.phase}")}: resolution {size[0]}x{size[1]}  scale {scale}')
         for layer, term in objective.style.items():
@@ -3135,8 +3131,8 @@ class Journal:
         self.since = time.time()
 
     def record(self, at, x, evaluation):
-        """The evaluation of the image `x` (3, H, W) was counted last: its line, its frame, its entry in the log."""
-        number, every = at.number - 1, self.options.print_every         # from 0 on
+        """Write line, frame and log entry of the evaluation of `x` (3, H, W), which `at` has just counted."""
+        number, every = at.number - 1, self.options.print_every         # counts from 0
         if every and number % every == 0:
             self.say(progress_line(number, evaluation, at.error, time.time() - self.since))
             self.since = time.time()
@@ -3155,7 +3151,7 @@ class Journal:
         self.bar.update()
 
     def write_log(self, entry):
-        """Append one line of JSON; what could not be written comes first."""
+        """Append one line of JSON, after those that could not be written before."""
         if self.log:
             self.unwritten += json.dumps(entry).encode() + b'\n'
             with self.spared(self.options.log):
@@ -3163,18 +3159,18 @@ class Journal:
                     self.unwritten = self.unwritten[self.log.write(self.unwritten):]
 
     def keep(self, at):
-        """Write a checkpoint every 10 evaluations, or as often as frames."""
+        """Write a checkpoint every 10 evaluations, or as often as frames if that is more often."""
         if at.number % min(self.options.save_every or 10, 10) == 0:
             self.keep_now(at)
 
     def keep_now(self, at):
-        """Write a checkpoint, where there is something to go on from."""
+        """Write a checkpoint, unless nothing is evaluated yet."""
         if at.number:
             with self.spared(self.places.checkpoint):
                 write_checkpoint(self.places.checkpoint, at)
 
     def save(self, at, last=True):
-        """Write the last accepted image as the result, the last time where it can be; False if there is none."""
+        """Save the last accepted image; at the `last` time to any folder that can be written. Whether it is saved."""
         if not at.number or self.saved is at.minimiser.image:
             return at.number > 0
         picture, done = to_pixels(at.minimiser.image, self.size), False
@@ -3195,7 +3191,7 @@ class Journal:
 
 
 def paint_and_save(objective, inputs, options, at, journal):
-    """Paint, and save what there is however that ends; returns the exit code."""
+    """Paint, and save the image also after an error or signal; returns the exit code."""
     start, device, places = time.time(), at.header['device'], journal.places
     try:
         with contextlib.closing(journal.bar), Signals() as signals:
@@ -3213,7 +3209,7 @@ def paint_and_save(objective, inputs, options, at, journal):
         saved = f'the last good image is in {kept(journal.places)}' if journal.save(at) else 'nothing was saved'
         raise UserError(f'The loss is no longer a number after {at.number} evaluations; {saved}.',
                         'try smaller weights, or another --random-seed') from None
-    except Exception:                                                   # there may be no more memory, for one
+    except Exception:                                                   # for example a lack of memory
         if journal.save(at):
             say(f'\nAfter {at.number} evaluations the image so far is in {kept(journal.places)}.')
         raise
@@ -3229,16 +3225,16 @@ def paint_and_save(objective, inputs, options, at, journal):
 # ---- files: what a run says ------------------------------------------------------------------------------------------
 
 def one_line(error):
-    """What an exception says, in one line without a full stop."""
+    """The message of an exception in one line, without a full stop."""
     return ' '.join(str(error).split()).rstrip('.') or type(error).__name__
 
 
 def say(text=''):
-    """A line for the person watching, in whatever characters the terminal has."""
+    """Print a line, with escapes for characters that the terminal lacks."""
     encoding = sys.stdout.encoding or 'utf-8'
     try:
         print(text.encode(encoding, 'backslashreplace').decode(encoding), flush=True)
-    except OSError:                                                     # nobody watches any more: the picture is wanted
+    except OSError:                                                     # the reader is gone: go on silently
         sys.stdout = open(os.devnull, 'w')
 
 
@@ -3258,7 +3254,7 @@ def examples(items, count=4):
 
 
 def progress_line(number, evaluation, error, seconds):
-    """The line of an evaluation: losses divided by 1000, and how far the gradient has fallen."""
+    """The line of an evaluation: losses divided by 1000, quality (from the gradient, see `Checkpoint.error`), time."""
     def by_layer(kind, losses):
         terms = '  '.join(f'{layer} {loss / 1000:.2e}' for layer, loss in losses.items())
         return f'   {kind} {terms}' if losses else ''
@@ -3268,31 +3264,31 @@ def progress_line(number, evaluation, error, seconds):
 
 
 def lost_content(evaluation, options):
-    """What to say where the content is less than 1 % of the loss, or None; who asks for a weight below 1 has it so."""
+    """A warning if the content is less than 1 % of the loss; None if not, or if its weight is below 1 by choice."""
     content = sum(evaluation.content.values())
     if options.method == 'gatys' or options.content_weight < 1 or not 0 < content < 0.01 * evaluation.total:
         return None
-    weight = options.content_weight * (evaluation.total / content - 1)  # would make it half of this loss
+    weight = options.content_weight * (evaluation.total / content - 1)  # makes it half of this loss
     return bold(f'WARNING: after the first phase the content is {100 * content / evaluation.total:.1g} % of the loss, '
                 f'and hardly to be seen. FIX: --content-weight={float(f"{weight:.0e}"):.0f}.')
 
 
 def handle_signals(handler):
-    """Have Ctrl-C and `docker stop` handled so."""
+    """Set the handler of Ctrl-C and `docker stop`."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
 
 def interrupt(number, frame):
-    """Signal handler: leave whatever runs, to save what there is, once."""
+    """Signal handler: raise KeyboardInterrupt, and ignore further signals while the image is saved."""
     handle_signals(signal.SIG_IGN)
-    raise KeyboardInterrupt(number)                                     # itself: a subclass Theano would wrap
+    raise KeyboardInterrupt(number)                                     # Theano would wrap a subclass
 
 
 class Signals:
-    """A block in which Ctrl-C and `docker stop` wait, but for the parts of it that are `heard`.
+    """A block that defers Ctrl-C and `docker stop` to its next part in `heard`, so that no write is cut short.
 
-    So nothing is left half written or half known. Handlers wait, not threads: those of OpenMP would get the signal.
+    They are deferred by the handler: if this thread blocked them, OpenMP's threads would receive them.
     """
 
     def __enter__(self):
@@ -3301,7 +3297,7 @@ class Signals:
         return self
 
     def __exit__(self, *_):
-        handle_signals(signal.SIG_IGN)                                  # what follows only saves
+        handle_signals(signal.SIG_IGN)                                  # the result is being saved
 
     def wait(self, number, frame):
         """Signal handler: remember the signal."""
@@ -3309,7 +3305,7 @@ class Signals:
 
     @contextlib.contextmanager
     def heard(self):
-        """A block that a signal, now or before, leaves by a KeyboardInterrupt."""
+        """A block in which a signal, new or deferred, raises KeyboardInterrupt."""
         try:
             handle_signals(interrupt)
             if self.waiting:
@@ -3321,10 +3317,10 @@ class Signals:
 
 # ---- engine in C++ ---------------------------------------------------------------------------------------------------
 
-# The same numbers as the formulas above, an order of magnitude cheaper on the CPU: two Theano Ops in C++. Images lie as
-# (H, W, C): the channels of a pixel are neighbours in memory, and all inner loops run over them.
+# Two Theano Ops in C++ with the results of the formulas above, an order of magnitude faster on the CPU. Images are
+# stored as (H, W, C): the channels of a pixel are contiguous, and all inner loops run over them.
 
-# What both Ops share. The product beats a BLAS on these narrow matrices, and needs neither its library nor its threads.
+# Shared by both Ops. `product` is faster than a BLAS on these narrow matrices, and needs no library or threads for it.
 COMMON = r'''
 #include <algorithm>
 #include <cmath>
@@ -3332,7 +3328,7 @@ COMMON = r'''
 #include <vector>
 #include <omp.h>
 
-#if defined(__AVX512F__)                                  /* floats in a register, and how many of these lie abreast */
+#if defined(__AVX512F__)                                  /* floats in a register; registers in a row of a block */
 enum { LANES = 16, ABREAST = 4 };
 #elif defined(__AVX__)
 enum { LANES = 8, ABREAST = 2 };
@@ -3349,7 +3345,7 @@ static inline void store(float *p, vec v) { *(vec *)p = v; }
 static inline vec larger(vec a, vec b) { return a > b ? a : b; }
 static inline long padded(long n) { return (n + 15) / 16 * 16; }
 
-/* R rows and C registers of the product, summed over the depth without leaving the registers */
+/* a block of R rows and C registers of the product, summed over the depth in registers */
 template <int R, int C>
 static inline void sums(long depth, const float *A, long lda, const float *B, long ldb, float *out, long ldo) {
     vec sum[R][C] = {};
@@ -3380,8 +3376,8 @@ static void product(long rows, long columns, long depth, const float *A, long ld
     }
 }
 
-/* Working memory, kept from call to call: to get fresh pages costs more than what is done in them. All Ops share it, by
-   its visibility, though each is a library of its own. */
+/* Working memory, kept between calls, since fresh pages cost more than the work in them. By its visibility all Ops
+   share it, though each is a library of its own. */
 __attribute__((visibility("default"))) inline float *workspace(size_t floats) {
     static std::vector<float> kept;
     if (kept.size() < floats + 16) {
@@ -3412,15 +3408,15 @@ static void *allocate(PyArrayObject **out, int ndim, npy_intp *shape, int type) 
     return PyArray_DATA(*out);
 }
 
-/* Whether a signal's handler raised. Work is done in pieces, which ask before they begin, so that Ctrl-C need not wait
-   for all of it: the first thread of a team is Python's own and may run its handlers. */
+/* Whether a signal handler raised an exception, so that the work is to be left. Asked before each piece of work; only
+   the first thread of a team, which is Python's, may run the handlers. */
 static volatile bool interrupted;
 static bool leave() {
     if (!interrupted && omp_get_thread_num() == 0 && PyErr_CheckSignals()) interrupted = true;
     return interrupted;
 }
 
-/* runs what may throw; false, with Python's exception set, where it did */
+/* calls f; false, with a Python exception set, if f threw or a signal handler raised */
 template <typename F>
 static bool guarded(F f) {
     interrupted = false;
@@ -3432,9 +3428,9 @@ static bool guarded(F f) {
 '''
 
 CONVOLUTION = r'''
-struct Picture { const float *data, *mask; long H, W, C, width; };    /* width: W before it is averaged */
+struct Picture { const float *data, *mask; long H, W, C, width; };    /* width: W before pooling */
 
-/* B^T d and A^T m of [LG15], on one column or row, whose elements are s apart */
+/* B^T d and A^T m of [LG15], on one column or row with a stride of s */
 static inline void spread(vec *d, int s) {
     vec p = d[4*s] - 4 * d[2*s], q = d[3*s] - 4 * d[s], r = d[4*s] - d[2*s], t = 2 * (d[3*s] - d[s]);
     d[0] = 4 * d[0] - 5 * d[2*s] + d[4*s];
@@ -3446,8 +3442,8 @@ static inline void gather(vec *m, int s) {
     m[0] += p + r; m[s] = q + 2 * t; m[2*s] = p + 4 * r; m[3*s] = q + 8 * t + m[5*s];
 }
 
-/* V (36, C) of the tile whose first pixel is (y, x): B^T d B of 6x6 pixels, which are zero outside the picture and
-   where the mask is not positive, and averages of 2x2 where pooled */
+/* V (36, C) of the tile whose first pixel is (y, x): B^T d B of 6x6 pixels, which are averages of 2x2 if POOL, and zero
+   outside the picture and where the mask is not positive */
 template <bool MASK, bool POOL>
 static void tile_in(const Picture &in, long y, long x, const float *zeros, float *V, long ldV) {
     const float *data[36], *mask[36];
@@ -3482,8 +3478,8 @@ static void tile_in(const Picture &in, long y, long x, const float *zeros, float
     }
 }
 
-/* The tile's 4x4 pixels of out from M (36, K): A^T m A, with the bias and rectified where there is one. Where `turn`,
-   a quarter of each goes to 2x2 pixels of an output of width `turn`, as the gradient of their average. */
+/* The tile's 4x4 pixels of out from M (36, K): A^T m A, with bias and rectifier if there is a bias. If turn is not 0, a
+   quarter of each goes to 2x2 pixels of an output of that width: the gradient of average pooling. */
 static void tile_out(const float *M, long ldM, const float *bias, long y, long x, long H, long W, long K, long turn,
                      float *out) {
     for (long k = 0; k < K; k += LANES) {
@@ -3514,8 +3510,8 @@ static void tile_out(const float *M, long ldM, const float *bias, long y, long x
     }
 }
 
-/* out (H, W, K) = the picture's convolution, a block of tiles at a time: few stay in cache, many pay for filters that
-   do not */
+/* out (H, W, K) = the picture's convolution, by blocks of tiles: small ones stay in cache, large ones need fewer reads
+   of filters that do not */
 template <bool MASK, bool POOL>
 static void convolve(const Picture &in, const float *U, const float *bias, float *out, long K, long turn) {
     long across = (in.W + 3) / 4, tiles = across * ((in.H + 3) / 4), threads = omp_get_max_threads();
@@ -3523,7 +3519,7 @@ static void convolve(const Picture &in, const float *U, const float *bias, float
     long C = padded(in.C), N = padded(K), zeros = padded((POOL ? in.width + 2 : 1) * in.C + LANES);
     long most = (C * N > 1 << 16 ? 96 : 24) * threads, blocks = (tiles + most - 1) / most * threads;
     long block = (tiles + blocks - 1) / blocks;
-    long ldV = block * C + 16, ldM = block * N + 16;                  /* 16 more, lest all fall into one cache set */
+    long ldV = block * C + 16, ldM = block * N + 16;                  /* 16 more: else all fall into one cache set */
     float *none = workspace(zeros + N + threads * 36 * (ldV + ldM)), *b = none + zeros, *space = b + N;
     std::fill(none, space, 0.f);
     if (bias) std::copy(bias, bias + K, b);
@@ -3562,7 +3558,7 @@ static void backward(PyArrayObject *gradient, PyArrayObject *output, PyArrayObje
         y.size(1) != W >> POOL || U.size(0) != 36 || U.size(1) != y.size(2) * padded(C))
         throw std::invalid_argument("Convolution: the gradient does not fit the picture or the filters");
     float *dx = (float *)allocate(out, 3, shape, NPY_FLOAT32);
-    for (long r = 0; POOL && r < H; r++)                              /* a row and a column that no average saw */
+    for (long r = 0; POOL && r < H; r++)                              /* an odd row and column, which pooling drops */
         if (H % 2 && r == H - 1) std::fill(dx + r * W * C, dx + (r + 1) * W * C, 0.f);
         else if (W % 2) std::fill(dx + ((r + 1) * W - 1) * C, dx + (r + 1) * W * C, 0.f);
     convolve<true, false>({dy, y, y.size(0), y.size(1), y.size(2), 0}, U, NULL, dx, C, POOL ? W : 0);
@@ -3570,7 +3566,7 @@ static void backward(PyArrayObject *gradient, PyArrayObject *output, PyArrayObje
 '''
 
 MATCHING = r'''
-enum { RING = 1 << 18 };                                              /* floats of products that a thread keeps */
+enum { RING = 1 << 18 };                                              /* most floats of products kept by a thread */
 
 /* B for product() from a row of w pixels of v, each a column */
 static void pack(const float *v, long w, long D, float *B) {
@@ -3580,13 +3576,12 @@ static void pack(const float *v, long w, long D, float *B) {
     }
 }
 
-/* The scores of a row of patches i with one of patches j, from the products P[y] (W, ld) of their rows of pixels. best,
-   match and a belong to the i, history, penalty and b to the j, of which `first` is the first; penalty ends in
-   infinity. */
+/* The scores of a row of patches i with a row of patches j, from the products P[y] (W, ld) of their rows of pixels.
+   best, match and a are by i; history, penalty and scale (b) by j, from `first` on; penalty is padded with infinity. */
 template <bool SCALED>
 static void score(const float *const *P, long W, long w, long ld, float *space, const float *penalty, long first,
                   float *best, npy_int64 *match, float *history, const float *a, const float *scale) {
-    float *column[3], *S = space + 3 * (ld + LANES);                  /* column: summed over y; S: and over x */
+    float *column[3], *S = space + 3 * (ld + LANES);                  /* sums over y; over y and x */
     for (int k = 0; k < 3; k++) column[k] = space + k * (ld + LANES);
     for (long x = 0; x < W; x++) {
         std::rotate(column, column + 1, column + 3);
@@ -3604,7 +3599,7 @@ static void score(const float *const *P, long W, long w, long ld, float *space, 
         }
         float most = top[0];
         for (int l = 1; l < LANES; l++) most = std::max(most, top[l]);
-        if (most >= best[x - 2]) {                                    /* seldom */
+        if (most >= best[x - 2]) {                                    /* rarely */
             npy_int64 j = first + (std::find(S, S + w - 3, most) - S);
             if (most > best[x - 2] || j < match[x - 2]) match[x - 2] = j;
             best[x - 2] = most;
@@ -3612,9 +3607,9 @@ static void score(const float *const *P, long W, long w, long ld, float *space, 
     }
 }
 
-/* Pairs of pixel rows, y of u and a of v, with the same y - a make a diagonal. The scores of two rows of patches need
-   the products of three pairs that follow on a diagonal: going along it, each product is made once and three are kept.
-   A thread takes G diagonals at a time. */
+/* A diagonal is all pairs of pixel rows, y of u and a of v, with one y - a. The scores of two rows of patches need the
+   products of three consecutive pairs of a diagonal: along it each is computed once, and the last three are kept in a
+   ring. A thread takes G diagonals at a time. */
 template <bool SCALED>
 static void match(const float *u, long H, long W, const float *v, long h, long w, long D, const float *penalty,
                   const float *a_of, const float *b_of, npy_int64 *matches, float *history) {
@@ -3710,7 +3705,7 @@ def guarded(program, arguments):
     except OSError as error:
         problem = f'{error.filename or "A file"}: {error.strerror or one_line(error)}.'
         fix = 'check the disk and its permissions'
-    except Exception as error:  # Theano's convolutions and libgpuarray have errors of their own for a lack of memory
+    except Exception as error:  # Theano and libgpuarray have their own errors for a lack of memory
         if not isinstance(error, MemoryError) and not re.search('out of memory|failed to alloc', str(error), re.I):
             raise
         problem, fix = 'There is not enough memory.', 'a smaller --max-size; on a GPU also more --slices'
