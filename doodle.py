@@ -20,13 +20,12 @@
 First the method: options, images and maps, network, matching, losses, objective, optimisation, run.
 Then the machinery: weights, devices, engine, files, and the engine's C++.
 
-Names kept to everywhere:
-
+Notation:
     x       the image being painted, (3, H, W), blue green red, 0..255
     f, g    features of the image and of the style picture at one layer, (H, W, C) and (h, w, C)
     m, n    maps of the image and of the style picture at that layer, (H, W, K) and (h, w, K)
-    u, v    what is matched: features and maps, each of length one at every pixel
-    i, j    numbers of 3x3 patches, row by row, of the image and of the style picture
+    u, v    matching keys: features and maps, each normalised at every pixel, (H, W, C + K) and (h, w, C + K)
+    i, j    indices of 3x3 patches, row by row, of the image and of the style picture
     S       S(i, j), how well patch i of the image fits patch j of the style picture
     w       semantic weight, of the maps against the features
 
@@ -88,7 +87,7 @@ SAMPLE = 'python3 doodle.py --style samples/astronaut.png --content samples/hopp
 
 
 class UserError(Exception):
-    """What the person at the keyboard can mend: ``UserError(problem, fix)``, each one line of plain words."""
+    """An error that the user can fix: ``UserError(problem, fix)``, each one line of plain words."""
 
 
 def parse_natural(text):
@@ -104,7 +103,7 @@ def parse_whole(text, least=0):
 
 
 def one_of(*choices):
-    """The option type of a few words or numbers."""
+    """The parser of an option that takes one of `choices`, words or numbers."""
     def chosen(text):
         if text not in map(str, choices):
             raise argparse.ArgumentTypeError(f'{text!r} is none of {", ".join(map(str, choices))}')
@@ -113,12 +112,12 @@ def one_of(*choices):
 
 
 def parse_number(text):
-    """What a decimal number says, or NaN: float() by itself also reads 1_0, infinity and the digits of all scripts."""
+    """A decimal number as float, else NaN: float() alone would accept 1_0, infinity and non-ASCII digits."""
     return float(text) if re.fullmatch(r'[-+]?([0-9]+\.?|[0-9]*\.[0-9]+)([eE][-+]?[0-9]+)?', text) else math.nan
 
 
 def up_to(most):
-    """The option type of a weight: 0, or from 1e-6, below which float32 sees no step of the optimiser, to `most`."""
+    """The parser of a weight: 0, or 1e-6 to `most`; below 1e-6 the optimiser's steps vanish in float32."""
     def chosen(text):
         value = parse_number(text)
         if value and not 1e-6 <= value <= float(most):
@@ -128,7 +127,7 @@ def up_to(most):
 
 
 def parse_path(text):
-    """A path, with its ~ expanded, which a shell leaves as it is after an =."""
+    """A path with ~ expanded, which shells do not do in ``--option=~/file``."""
     if not text:
         raise argparse.ArgumentTypeError(f'{text!r} is no path')
     return expanded(text)
@@ -178,12 +177,11 @@ def parse_device(text):
     return re.sub(r'^gpu', 'cuda', text)
 
 
-# By method the class of its style terms, and what it takes in place of Champandard's defaults, which stand in OPTIONS;
-# None: it has no such option. The papers weigh sums over a picture; we weigh means, which suit every size. Gatys'
-# content term, 1/2 sum (f - g)^2, is H W C / 2 times ours: content to style as 10 to 0.1 is 1e-4 at 512x512 pixels, and
-# 100 to 0.1 is 1e-3, the range of [GEB16]. Li and Wand's copies are those of [LW16]; the weights are for means, found
-# by trial. The code they released differs: no copies, content at 4_1, and 20 as its weight, 1e-4 the style's, 1e-3 the
-# smoothness'.
+# {method: (class of its style terms, defaults that differ from those in OPTIONS)}; None: the method lacks the option.
+# The papers weight sums over a picture; here weights are of means, which suit every size. Gatys' content term,
+# 1/2 sum (f - g)^2, is H W C / 2 times ours: content to style as 10 to 0.1 is 1e-4 at 512x512 pixels, and 100 to 0.1 is
+# 1e-3, the range of [GEB16]. Li and Wand's numbers of copies are those of [LW16], the weights were found by trial.
+# Their released code has no copies, content at 4_1, and weights 20 for content, 1e-4 for style, 1e-3 for smoothness.
 METHODS = {
     'champandard': ('PatchTerm', dict()),
     'li-wand': ('WholePatchTerm', dict(content_weight='10.0', style_weight='10.0', smoothness='10.0', rotations='2',
@@ -195,14 +193,14 @@ METHODS = {
 
 parse_method, parse_network, parse_switch = one_of(*METHODS), one_of('vgg19', 'vgg16'), one_of(0, 1)
 parse_parts, parse_steps = one_of(0, *range(2, 17)), one_of(*range(13))     # 12 steps: 90 degrees, or a factor of 0.4
-parse_weight, parse_bias = up_to('1e20'), up_to('1e6')                # so losses are finite, and features told apart
+parse_weight, parse_bias = up_to('1e20'), up_to('1e6')                # keep losses finite, features above rounding
 
-# How --help calls a value.
+# Placeholders of values in --help.
 VALUES = {parse_path: 'PATH', str: 'EXT', parse_size: 'WxH', parse_natural: 'N', parse_whole: 'N', parse_parts: 'N',
           parse_seed: 'SEED', parse_range: 'LO:HI', parse_method: 'NAME', parse_weight: 'X', parse_layers: 'LAYERS',
           parse_bias: 'X', parse_steps: 'N', parse_switch: '0|1', parse_device: 'DEVICE', parse_network: 'NAME'}
 
-SAME, FREE = 'same', 'free'                                           # with --resume: as in the run before, or not
+SAME, FREE = 'same', 'free'                                           # on --resume: must be as before, or may differ
 
 OPTIONS = {'pictures': (
     # option              resume type           default        meaning
@@ -248,14 +246,14 @@ OPTIONS = {'pictures': (
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors in the program's own form."""
+    """argparse that reports errors as `UserError`."""
 
     def error(self, message):
         raise UserError(message, f'see {self.prog} --help')
 
 
 class Once(argparse.Action):
-    """Of most options the last one given counts; of these no two different ones are taken."""
+    """Store the value of an option, and refuse a second, different one."""
 
     def __call__(self, parser, options, value, flag=None):
         before = getattr(options, self.dest)
@@ -285,7 +283,7 @@ def parse_options(arguments):
     Raises
     ------
     UserError
-        A value is not of its kind, or the style picture is missing.
+        A value is invalid, or the style picture is missing.
     """
     parser = Parser(prog='doodle.py', description='Paint one picture with the patches of another.',
                     epilog=f'A first run: {SAMPLE}')
@@ -311,19 +309,19 @@ def parse_options(arguments):
 
 
 def copy_count(options):
-    """How many copies of the style picture are matched: turned and rescaled ones, and itself."""
+    """Number of copies of the style picture that are matched: every rotation at every scale."""
     return (1 + 2 * options.rotations) * (1 + 2 * options.scales)
 
 
 # ---- images and maps -------------------------------------------------------------------------------------------------
 
-# The program's inputs, read and checked: pictures are (H, W, 3) uint8 RGB, maps (H, W, K) uint8, or None; so is
-# `style_alpha`, (h, w, 1), which is there only where some of the style picture is wholly transparent.
+# The program's inputs, read and checked: pictures (H, W, 3) uint8 RGB, maps (H, W, K) uint8, `style_alpha` (h, w, 1)
+# uint8. What is missing is None; so is `style_alpha` if no pixel of the style picture is fully transparent.
 Inputs = namedtuple('Inputs', 'content content_map style style_map seed size style_alpha')
 
 
 def read_inputs(options):
-    """Pictures and maps, as `read_pictures` and `read_maps` give them one after the other: inputs and remarks."""
+    """`read_pictures`, then `read_maps`: the inputs, and the remarks of both."""
     inputs, remarks = read_pictures(options)
     inputs, lines = read_maps(inputs, options)
     return inputs, remarks + lines
@@ -339,14 +337,14 @@ def read_pictures(options):
     Returns
     -------
     inputs : Inputs
-        Without maps. Without a content picture its size is that of a texture; a doodle's map is yet to tell it.
+        Without maps. Without content, `size` is that of a texture; for a doodle `read_maps` sets it.
     remarks : list of str
         What was loaded, a line each.
 
     Raises
     ------
     UserError
-        Whatever is missing, broken, or does not fit together.
+        A picture is missing or broken, or does not fit the options or the layers.
     """
     content, seed, remarks = None, None, []
     if options.content:
@@ -378,18 +376,18 @@ def read_pictures(options):
 
 
 def read_maps(inputs, options):
-    """Read the maps, where they are wanted and there: `inputs` with them, and remarks."""
+    """Read the maps, if there are any and the method uses them: `inputs` with them, and remarks."""
     (content_map, style_map), remarks = map_pair(inputs, options)
     inputs = inputs._replace(content_map=content_map, style_map=style_map)
     if inputs.content is None:
-        if content_map is not None:                                     # of a doodle, which is of the same size
+        if content_map is not None:                                     # a doodle has the size of its map
             inputs = inputs._replace(size=content_map.shape[1::-1])
         check_sizes(inputs, options)
     return inputs, remarks
 
 
 def map_pair(inputs, options):
-    """The maps of both pictures, (H, W, K) uint8 arrays, or None where none are wanted; and remarks."""
+    """The maps of both pictures, (H, W, K) uint8 arrays, or None twice if no maps are used; and remarks."""
     if not style_term(options).reads_maps:
         return (None, None), [f'Method {options.method}, which reads no semantic maps.']
     pictures = {'content': (options.content, inputs.content), 'style': (options.style, inputs.style)}
@@ -416,10 +414,10 @@ def map_pair(inputs, options):
 
 
 def map_channels(maps, classes, labels):
-    """Maps as channels whose cosine tells one class from another.
+    """Maps as channels in which classes differ by their cosine.
 
-    The colours themselves serve where no class is black and no two classes have a cosine above 0.99 (scaled colours
-    are one class to a cosine, and so are all greys). Otherwise each class becomes a channel of its own.
+    RGB is kept unless a class is black or two classes have a cosine above 0.99, as all greys and shades of one colour
+    have; then each class becomes a channel of its own (one-hot).
 
     Parameters
     ----------
@@ -437,7 +435,7 @@ def map_channels(maps, classes, labels):
         return a @ b.T / np.maximum(np.outer(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)), 1e-9)
 
     alike = (cosines(classes, classes) > 0.99)[~np.eye(len(classes), dtype=bool)].any()
-    for k in np.flatnonzero(np.linalg.norm(classes, axis=1) <= NEAR):   # black, or so dark that slips turn it
+    for k in np.flatnonzero(np.linalg.norm(classes, axis=1) <= NEAR):   # black, or too dark for a direction
         for colours, label in zip(maps, labels):
             own = code_colours(np.unique(colour_codes(colours[label == k])))
             own = own[np.linalg.norm(own - classes[k], axis=1) <= NEAR]
@@ -450,7 +448,7 @@ def map_channels(maps, classes, labels):
 
 
 def pooled_map(channels, size, layer):
-    """A map as a layer of the network sees it: at the phase's size, averaged over 1, 2, 4, 8 or 16 pixels.
+    """A map at the resolution of a layer: resized to the phase's size, then averaged over stride x stride pixels.
 
     Parameters
     ----------
@@ -506,18 +504,18 @@ def to_pixels(x, size):
 # ---- network ---------------------------------------------------------------------------------------------------------
 
 BLOCKS = {'vgg19': (2, 2, 4, 4, 4), 'vgg16': (2, 2, 3, 3, 3)}         # convolutions between poolings, [SZ14] table 1
-WIDTHS = (64, 128, 256, 512, 512)                                     # their filters
+WIDTHS = (64, 128, 256, 512, 512)                                     # filters of each convolution of a block
 
 MEAN = (103.939, 116.779, 123.680)                                    # of blue, green, red over ImageNet
 
 
 def stride(layer):
-    """Pixels of the picture, along a side, for each of a layer's: 1, 2, 4, 8 or 16."""
+    """Stride of a layer, in pixels of the picture: 1, 2, 4, 8 or 16."""
     return 2 ** (int(layer[0]) - 1)
 
 
 def filters(layer):
-    """How many filters a layer has, and so channels its features."""
+    """Number of filters of a layer, which is that of its features' channels."""
     return WIDTHS[int(layer[0]) - 1]
 
 
@@ -528,22 +526,22 @@ def layer_names(kind, needed=None):
 
 
 def convolution(x, W, **_):
-    """The 'same' 3x3 convolution for Lasagne 0.1, which would pad by copying."""
+    """'Same' 3x3 convolution for Lasagne 0.1, whose own one would copy the input to pad it."""
     return T.nnet.conv2d(x, W, border_mode=1, filter_flip=False)
 
 
 def build_network(weights, names, fast=False):
     """The convolutions of VGG, only as deep as the deepest of `names`.
 
-    Each is 3x3 with padding 1 and rectified; between the blocks the papers advise the average of 2x2 over caffe's
-    maximum [LW16].
+    Each is 3x3 with padding 1 and rectified. Pooling between the blocks is the average of 2x2, which the papers prefer
+    to VGG's maximum [LW16].
 
     Parameters
     ----------
     weights : Weights
     names : collection of str
     fast : bool
-        With the engine's convolution.
+        Use the engine's convolution.
 
     Returns
     -------
@@ -579,7 +577,7 @@ def unit(f):
 
 
 def matching_key(f, m, w):
-    """What is matched at each pixel: [f / |f|, sqrt(w) m / |m|], whose products are cos(f, g) + w cos(m, n) [C16].
+    """Keys [f / |f|, sqrt(w) m / |m|] of the pixels; the dot product of two keys is cos(f, g) + w cos(m, n) [C16].
 
     Parameters
     ----------
@@ -592,7 +590,7 @@ def matching_key(f, m, w):
 
 
 def patch_scale(f):
-    """3 / |P_i| of every 3x3 patch P_i of f (H, W, C), or 0: the lengths that normalise whole patches [LW16 eq. 3]."""
+    """Factors that normalise whole 3x3 patches P_i of f (H, W, C): 3 / |P_i|, or 0 if P_i is 0 [LW16 eq. 3]."""
     (H, W), squares = (f.shape[0], f.shape[1]), T.sum(f ** 2, axis=2)
     total = sum(squares[y:H - 2 + y, x:W - 2 + x] for y in range(3) for x in range(3)).flatten()
     return T.switch(total > 0, 3 / T.sqrt(total), 0)
@@ -612,17 +610,17 @@ def match(u, v, slices, variety=None, history=None, scale=None):
     u : symbolic (H, W, D)
     v : symbolic (h, w, D)
     slices : int
-        Rows of style patches are taken in so many batches, one after the other; any number gives the same matches.
+        Number of batches into which rows of style patches are split, to save memory; matches do not depend on it.
     variety : symbolic scalar
     history : symbolic ((h - 2) (w - 2),)
-        h(j), the best score that j had for any i in the evaluation before.
+        h(j), the largest score of j with any i in the evaluation before.
     scale : symbolic ((H - 2) (W - 2),) and ((h - 2) (w - 2),)
-        a(i) and b(j); where b is 0 there is no patch j.
+        a(i) and b(j); where b(j) is 0, patch j is never matched.
 
     Returns
     -------
     matches : symbolic int64 ((H - 2) (W - 2),)
-        Numbers j, the first of equals.
+        Indices j; of equal scores the first.
     history : symbolic ((h - 2) (w - 2),), the new h, or None
     """
     (H, W, D), (h, w) = (u.shape[k] for k in range(3)), (v.shape[0], v.shape[1])
@@ -653,7 +651,7 @@ def match(u, v, slices, variety=None, history=None, scale=None):
 def style_copies(picture, rotations, scales, resample):
     """The style picture, and its copies turned by steps of 7.5 degrees and rescaled by steps of 5 % each way [LW16].
 
-    Of a turned picture the largest part of the same proportions is kept that has no corner outside.
+    A turned picture is cropped to the largest centred part of the same proportions without empty corners.
 
     Parameters
     ----------
@@ -680,7 +678,7 @@ def style_copies(picture, rotations, scales, resample):
 
 
 def sheet(copies):
-    """Features of several pictures below each other as those of one, and which of its 3x3 patches lie in one picture.
+    """Stack features of several pictures below each other, and mark the 3x3 patches that lie within one picture.
 
     Parameters
     ----------
@@ -691,7 +689,7 @@ def sheet(copies):
     g : (sum of h_k, largest w_k, C) array
         Zero to the right of narrower pictures.
     whole : ((h - 2) (w - 2),) float32 array
-        1 for a patch, 0 over a seam or in the margin.
+        1 for a patch within one picture, 0 for one across a seam or in the margin.
     """
     w = max(g.shape[1] for g in copies)
     padded = [np.pad(g, [(0, 0), (0, w - g.shape[1]), (0, 0)]) for g in copies]
@@ -709,9 +707,8 @@ def content_loss(f, g):
 def style_loss(f, g, matches):
     """The mean over patches, offsets and channels of (patch of f - matched patch of g)^2 [LW16 eq. 2].
 
-    A sum of squares is never negative and is 0 where f and g are the same, which a form of fewer sums that cancel would
-    not keep. Its gradient at a pixel, 2 sum (f - g) over the up to nine patches that cover it, is summed in one array,
-    where Theano by itself would take nine.
+    The squares are not expanded: with rounding the cheaper form could be negative, or not 0 where f = g. The gradient
+    at a pixel, 2 sum (f - g) over the up to nine patches that cover it, is summed in one array; Theano would take nine.
 
     Parameters
     ----------
@@ -728,7 +725,7 @@ def style_loss(f, g, matches):
             difference = theano.gradient.disconnected_grad(f[y:H - 2 + y, x:W - 2 + x] - matched)
             slope = T.inc_subtensor(slope[y:H - 2 + y, x:W - 2 + x], difference)
             total += T.sum(difference ** 2)
-    total += T.sum(2 * slope * (f - theano.gradient.disconnected_grad(f)))              # adds 0, and the gradient
+    total += T.sum(2 * slope * (f - theano.gradient.disconnected_grad(f)))              # 0, with the gradient 2 slope
     return total / T.cast(9 * (H - 2) * (W - 2) * C, 'float32')
 
 
@@ -741,9 +738,9 @@ def gram(f):
 def gram_loss(f, A):
     """E = 1 / (4 C^2) sum (G - A)^2 of f (H, W, C), with A the `gram` of the style picture [GEB16 eq. 4].
 
-    The paper's equation has G = F F^T and 1 / (4 N^2 C^2); here each picture has its own N, so that sizes may differ.
-    The paper also scales the network's filters to a mean activation of one, and the code its authors released later
-    divides by another C^2. Here the network is VGG as it is, so that conv4_1 weighs most of the paper's five layers.
+    The paper has G = F F^T and 1 / (4 N^2 C^2); here each G is divided by its own N, so that sizes may differ. The
+    paper also scales the network's filters to a mean activation of one, and the code its authors released later divides
+    by another C^2. Here VGG is unscaled, so that conv4_1 weighs most among the paper's five layers.
     """
     return T.mean((gram(f) - A) ** 2) / 4
 
@@ -756,8 +753,8 @@ def smoothness_loss(x, power=1.25):
 
 # ---- objective -------------------------------------------------------------------------------------------------------
 
-# A factor for the features of each layer in the losses, whose weights are made for VGG19: it gives the loss terms of
-# Oxford's VGG16 the size that VGG19's have, on average over eight pairs of pictures (samples/measure_balance.py).
+# Factors on the features of each layer in the losses, whose default weights are for VGG19: they bring the loss terms of
+# Oxford's VGG16 to the size of VGG19's, on average over eight pairs of pictures (samples/measure_balance.py).
 BALANCE = {'vgg19': 16 * (1,),
            'vgg16': (0.94, 0.87, 0.74, 0.63, 0.53, 0.51, 0.80, 2.59, 4.00, 5.98, 2.24, 2.29, 5.32)}
 
@@ -767,17 +764,17 @@ def balance(kind):
     return dict(zip(layer_names(kind), BALANCE[kind]))
 
 
-# What is known of an image: loss terms as weighted, content and style by layer, gradient (3, H, W).
+# Evaluation of an image: weighted loss terms, content and style by layer; gradient (3, H, W) of their sum.
 Evaluation = namedtuple('Evaluation', 'total content style smooth gradient seconds matching_seconds')
 
 
 def shared(dimensions, kind='float32'):
-    """An empty array in a variable that compiled functions share."""
+    """A Theano shared variable with an empty array."""
     return theano.shared(np.zeros((0,) * dimensions, kind))
 
 
 class PatchTerm:
-    """The style loss of a layer by patches, which features and maps match, each of length one at every pixel [C16].
+    """The style loss of a layer by patches, matched by features and maps that are normalised at every pixel [C16].
 
     Parameters
     ----------
@@ -788,17 +785,17 @@ class PatchTerm:
     semantic : bool
         Whether there are maps.
     transparent : bool
-        Whether some of the style picture is.
+        Whether some of the style picture is fully transparent.
     slices : int
-        Batches of matching, without the engine.
+        Batches of matching; the engine needs none.
     fast : bool
-        With the engine's matching.
+        Use the engine's matching.
     """
 
-    degree = 2                                                          # of the loss in the features
-    power = 1.25                                                        # of the smoothness that belongs to the method
+    degree = 2                                                          # of the loss as a polynomial in the features
+    power = 1.25                                                        # exponent in `smoothness_loss`
     patched = reads_maps = True
-    arrays = 2                                                          # as large as the style's features
+    arrays = 2                                                          # kept, as large as the style's features
 
     def __init__(self, options, numbers, semantic, transparent, slices, fast):
         self.numbers, self.slices, self.match_patches = numbers, slices, fast_match if fast else match
@@ -825,7 +822,7 @@ class PatchTerm:
         return T.ones_like(patch_scale(u))
 
     def match(self, f):
-        """Symbolic matches of the image's features f (H, W, C), and updates of what the next evaluation needs."""
+        """Symbolic matches of the image's features f (H, W, C), and updates of matches and history."""
         u = theano.gradient.disconnected_grad(self.key(f))
         scale = self.scale and (self.image_scale(u), self.scale)
         matches, history = self.match_patches(u, self.keys, self.slices, self.numbers['variety'], self.history, scale)
@@ -836,7 +833,7 @@ class PatchTerm:
         return style_loss(f, self.features, matches)
 
     def set(self, prepare, g, whole, seen, m, n):
-        """Take the style of a phase.
+        """Set the style and the maps of a phase.
 
         Parameters
         ----------
@@ -845,9 +842,9 @@ class PatchTerm:
         g : (h, w, C) array
             Features of the style picture and its copies, as `sheet` lays them out.
         whole : ((h - 2) (w - 2),) array
-            1 for what is a patch of one picture, else 0.
+            1 for patches within one picture, else 0.
         seen : (h, w) bool array or None
-            What is not transparent.
+            False where the style is fully transparent.
         m, n : (H, W, K) and (h, w, K) arrays or None
             Maps of the image and of the style.
         """
@@ -867,7 +864,7 @@ class PatchTerm:
             self.scale.set_value(whole)
 
     def describe(self):
-        """How many patches there are, of how many channels, and their memory."""
+        """Number and shape of the style patches, and their memory, in words."""
         v, arrays = self.keys.get_value(borrow=True), {id(array): array for array in (self.features, self.keys)}
         count = (v.shape[0] - 2) * (v.shape[1] - 2)
         if self.scale:
@@ -902,10 +899,7 @@ class WholePatchTerm(PatchTerm):
 
 
 class GramTerm:
-    """The style loss of a layer by its Gram matrix [GEB16]: the mean over the layers, as the paper weighs them.
-
-    Its parameters and methods are those of `PatchTerm`; it has no matches.
-    """
+    """The style loss of a layer by its Gram matrix, over the number of layers [GEB16]; used as `PatchTerm` is."""
 
     degree, power, patched, reads_maps, arrays, matches, remembered = 4, 1.25, False, False, 0, None, {}
 
@@ -928,7 +922,7 @@ class GramTerm:
         self.gram.set_value(prepare(g if seen is None else g[seen][None]))
 
     def describe(self):
-        """The size of the matrix, and its memory."""
+        """Shape of the matrix, and its memory, in words."""
         A = self.gram.get_value(borrow=True)
         return f'{A.shape} Gram matrix in {A.nbytes // 1000:,}kb'
 
@@ -939,7 +933,7 @@ def style_term(options):
 
 
 class Objective:
-    """The total loss of an image and its gradient, compiled once and set anew for each phase.
+    """The total loss of an image and its gradient; compiled once, its data set for each phase.
 
     Parameters
     ----------
@@ -949,11 +943,11 @@ class Objective:
     content, semantic : bool
         Whether there is a content picture, and whether there are maps.
     fast : bool
-        With the engine, which is for the CPU; without it by the formulas as they stand.
+        Use the engine, on the CPU only; else the plain formulas.
     transparent : bool
-        Whether some of the style picture is.
+        Whether some of the style picture is fully transparent.
     slices : int
-        Batches of matching, without the engine.
+        Batches of matching; the engine needs none.
     """
 
     def __init__(self, weights, options, content, semantic, fast=False, transparent=False, slices=1):
@@ -963,7 +957,7 @@ class Objective:
         style_layers = options.style_layers if options.style_weight else []
         self.layers = list(dict.fromkeys(content_layers + style_layers)) or ['1_1']
 
-        # Numbers are variables too, so that the same compiled code serves all their values.
+        # Shared variables, not constants: the compiled code is the same for all values.
         self.numbers = {name: theano.shared(np.float32(0)) for name in ('smoothness', 'semantic_weight', 'variety')}
         self.weights = {(kind, layer): theano.shared(np.float32(0)) for kind, layers in
                         (('content', content_layers), ('style', style_layers)) for layer in layers}
@@ -996,7 +990,7 @@ class Objective:
         return theano.function([x], terms + [theano.grad(sum(terms), x)], updates=updates, profile=profile, mode=mode)
 
     def set_phase(self, content, style, content_map, style_map, size, style_alpha=None):
-        """Compute what stays the same during a phase.
+        """Set weights, targets and style terms, which are constant during a phase.
 
         Parameters
         ----------
@@ -1005,8 +999,7 @@ class Objective:
         content_map, style_map : arrays (H', W', K) of any size, or None
         size : (width, height) of the image
         style_alpha : array (h', w', 1) of any size, or None
-            Where it is 0 there is no style: patches that see nothing else are not matched, and a Gram matrix is of the
-            other pixels.
+            Pixels of 0 are left out: patches that lie wholly in them are not matched, and Gram matrices omit them.
         """
         for name, variable in self.numbers.items():
             variable.set_value(np.float32(getattr(self.options, name)))
@@ -1021,7 +1014,7 @@ class Objective:
         self.fresh = True
 
     def set_style(self, style, content_map, style_map, size, style_alpha):
-        """The part of `set_phase` that the style terms take."""
+        """The part of `set_phase` for the style terms."""
         steps = self.options.rotations, self.options.scales
         pictures = style_copies(style, *steps, Image.BICUBIC)
         maps, alphas = [[] if channels is None else style_copies(np.moveaxis(channels, 2, 0), *steps, Image.BILINEAR)
@@ -1048,7 +1041,7 @@ class Objective:
         """
         start, matched, x = time.perf_counter(), self.matching_seconds(), np.float32(x)
         if self.fresh and self.options.variety and not self.options.cache:
-            self.matching(x)                                            # to know which patches are used much
+            self.matching(x)                                            # for the first h(j)
         *terms, gradient = (self.matching if self.fresh else self.cached)(x)
         if not np.isfinite(terms).all() or not np.isfinite(gradient).all():
             raise FloatingPointError('the loss or its gradient is not finite')
@@ -1064,12 +1057,12 @@ class Objective:
                                  if isinstance(node.op, Matching))
 
     def state(self):
-        """All that it knows of earlier evaluations, as arrays by name."""
+        """Matches and histories of the last evaluation, as arrays by name."""
         return {name: variable.get_value() for name, variable in self.remembered.items()} | {
             'fresh': np.array(self.fresh)}                              # whether the next matches are the phase's first
 
     def restore(self, state):
-        """Go back to a `state` of this phase."""
+        """Restore a `state` of this phase."""
         for name, variable in self.remembered.items():
             variable.set_value(state[name])
         self.fresh = bool(state['fresh'])
@@ -1078,10 +1071,10 @@ class Objective:
 # ---- optimisation ----------------------------------------------------------------------------------------------------
 
 class Minimiser:
-    """L-BFGS-B over the pixels within 0..255 [BLNZ95]: `ask` for an image, `tell` its loss, again and again.
+    """L-BFGS-B with pixels bounded to 0..255 [BLNZ95]: `ask` for an image, `tell` its loss and gradient, and so on.
 
-    The routine is the one under `scipy.optimize.fmin_l_bfgs_b`, which keeps its variables to itself. Here they are
-    attributes, so that a run goes on from a checkpoint as if it had never ended.
+    The routine is that of `scipy.optimize.fmin_l_bfgs_b`. Here its variables are attributes, saved in checkpoints, so
+    that a resumed run takes exactly the steps of one that was not interrupted.
 
     Parameters
     ----------
@@ -1089,15 +1082,15 @@ class Minimiser:
         Where to start; later the last image that a line search accepted.
     """
 
-    CORRECTIONS = 5                                                     # pairs of steps and gradients that it remembers
-    NEW_X, EVALUATE = 1, 3                                              # what the routine says with `task`
+    CORRECTIONS = 5                                                     # pairs of steps and gradient changes in memory
+    NEW_X, EVALUATE = 1, 3                                              # values of `task[0]`
 
     def __init__(self, image):
         self.image, self.limit, self.recovered = np.float64(image), math.inf, False
         self.start()
 
     def start(self):
-        """Begin at the image, without memory."""
+        """Start from `image`, with an empty memory."""
         n, m = self.image.size, self.CORRECTIONS
         self.x, self.loss, self.gradient = self.image.flatten(), 0., np.zeros(n)
         self.work, self.indices = np.zeros((2 * m + 5) * n + (11 * m + 8) * m), np.zeros(3 * n, 'i4')
@@ -1105,11 +1098,11 @@ class Minimiser:
         self.doubles = np.zeros(29)
 
     def advance(self):
-        """Run the routine until it wants a loss; where a line search finds nothing, it begins anew at the image."""
+        """Run the routine until it needs a loss; if a line search fails, restart from `image`."""
         n = self.x.size
-        bounds = np.zeros(n), np.full(n, 255.), np.full(n, 2, 'i4')     # 2: a pixel has both
+        bounds = np.zeros(n), np.full(n, 255.), np.full(n, 2, 'i4')     # 2: two bounds
         while True:
-            # Without tolerances (0., 0.) it never ends by itself; a line search has 20 evaluations at most.
+            # Tolerances of 0: it never converges; 20: most evaluations of a line search.
             lbfgsb.setulb(self.CORRECTIONS, self.x, *bounds, self.loss, self.gradient, 0., 0., self.work, self.indices,
                           self.task, self.logicals, self.integers, self.doubles, 20, self.line_task)
             if self.task[0] == self.EVALUATE:
@@ -1120,18 +1113,18 @@ class Minimiser:
                 self.start()
 
     def ask(self):
-        """The image (3, H, W) whose loss is wanted; `tell` changes it."""
-        if not self.task[0]:                                            # at a start
+        """The image (3, H, W) to evaluate, a view of `x`, which `tell` changes."""
+        if not self.task[0]:                                            # just started
             self.advance()
         return self.x.reshape(self.image.shape)
 
     def tell(self, loss, gradient):
-        """Take in the loss of that image and its gradient (3, H, W).
+        """Continue with the loss of that image and its gradient (3, H, W).
 
         Raises
         ------
         FloatingPointError
-            The loss is a million times the least so far, or no number.
+            The loss is not a number, or more than a million times the least so far.
         """
         if not loss <= self.limit:
             raise FloatingPointError('the loss blew up')
@@ -1140,18 +1133,18 @@ class Minimiser:
         self.advance()
 
     def recover(self, error):
-        """Begin anew at the image after a `FloatingPointError`, once; then raise it."""
+        """Restart from `image` after the first `FloatingPointError`; raise the second."""
         if self.recovered:
             raise error
         self.recovered = True
         self.start()
 
     def state(self):
-        """All that it knows, as arrays by name; not copied."""
+        """All attributes as arrays by name; not copied."""
         return {name: np.asarray(value) for name, value in vars(self).items()}
 
     def restore(self, state):
-        """Go back to a `state`."""
+        """Restore a `state`."""
         for name in vars(self):
             setattr(self, name, state[name] if np.ndim(state[name]) else state[name].item())
 
@@ -1179,11 +1172,11 @@ def paint(objective, inputs, options, at, journal, signals):
     inputs : Inputs
     options : argparse.Namespace
     at : Checkpoint
-        Where to begin, and then always the last moment from which the run can go on.
+        Where to begin; updated after each evaluation.
     journal : Journal
-        Is told of every phase and evaluation.
+        Records every phase and evaluation.
     signals : Signals
-        Heard while something is computed.
+        May interrupt computations only.
     """
     for phase in range(at.phase, options.phases):
         size = phase_size(inputs.size, phase, options.phases)
@@ -1210,20 +1203,20 @@ def paint(objective, inputs, options, at, journal, signals):
 
 
 def evaluate(objective, at, journal, signals):
-    """One evaluation; a signal or failure while it is computed leaves everything as it was.
+    """One evaluation and optimiser step; after a signal or an error in the evaluation the objective is restored.
 
     Raises
     ------
     FloatingPointError
-        The loss is no number, or blew up.
+        The loss or its gradient is not finite, or the loss blew up.
     """
     x = at.minimiser.ask()
     try:
         with signals.heard():
             evaluation = objective(x)
-    except BaseException as error:                                      # the matches may be new already
+    except BaseException as error:                                      # matches may have been updated
         if isinstance(error, FloatingPointError):
-            at.memory['fresh'] = np.array(True)                         # the next image is another: matched anew
+            at.memory['fresh'] = np.array(True)                         # the restart needs new matches
         objective.restore(at.memory)
         raise
     at.count(evaluation)
@@ -1255,7 +1248,7 @@ def run(arguments):
     if options.check:
         for line in remarks + plan(inputs, options):
             say(f'  - {line}')
-    if options.device == 'cpu' and not device:                          # else it was checked before
+    if options.device == 'cpu' and not device:                          # else `paint_maps` did
         check_memory(inputs, options)
     if options.check:
         return 0
@@ -1271,7 +1264,7 @@ def run(arguments):
     at.header |= dict(device=device, slices=choose_slices(inputs, options, device))
     objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, device == 'cpu',
                           inputs.style_alpha is not None, at.header['slices'])
-    del weights, network                                                # the objective has its own
+    del weights, network                                                # free memory: the objective has copies
     return paint_and_save(objective, inputs, options, at, Journal(options, places, inputs.size, at))
 
 
@@ -1280,14 +1273,14 @@ def run(arguments):
 # Fingerprint, which tells channel order and filter flip: the first row of conv1_1, as cross-correlation on BGR.
 FIRST = {'vgg19': (0.341195, 0.339992, -0.0448442), 'vgg16': (0.4294706, 0.3734670, -0.0613601)}
 
-# VGG19 as Keras publishes it. Hosts vanish: a file is known by its size and checksum, not by its address.
+# VGG19 as Keras publishes it, identified by size and checksum, since addresses may vanish.
 KERAS = {'file': 'vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5', 'bytes': 80_134_624,
          'md5': '253f8cb515780f3b799900260a226db6'}
 ADDRESSES = ('https://storage.googleapis.com/tensorflow/keras-applications/vgg19/',
              'https://github.com/fchollet/deep-learning-models/releases/download/v0.1/')
-PATIENCE = 10                                                         # seconds without a word, then the next address
+PATIENCE = 10                                                         # seconds without data, then the next address
 
-# A pre-trained network: its kind, {'1_1': (W, b), ...} as cross-correlation on BGR, where it is from, its checksum.
+# A pre-trained network: its kind, {'1_1': (W, b), ...} for cross-correlation on BGR, path and checksum of its file.
 Weights = namedtuple('Weights', 'kind layers path sha256')
 
 
@@ -1299,7 +1292,7 @@ class ArrayUnpickler(pickle.Unpickler):
                     '_reconstruct': np.core.multiarray._reconstruct}
         if module.split('.')[0] == 'numpy' and name in admitted:
             return admitted[name]
-        if (module, name) == ('_codecs', 'encode'):                   # how protocol 2 spells bytes
+        if (module, name) == ('_codecs', 'encode'):                   # how protocol 2 stores bytes
             return lambda text, encoding: text.encode('latin1')
         raise pickle.UnpicklingError(f'it asks for {module}.{name}, which no array needs')
 
@@ -1337,7 +1330,7 @@ def read_npz(path):
 
 
 def read_weights(path):
-    """A pre-trained network, its filters flipped and its colours ordered as we use them.
+    """Read a pre-trained network, and convert it to cross-correlation on BGR.
 
     Parameters
     ----------
@@ -1349,7 +1342,7 @@ def read_weights(path):
     weights : Weights
         float32; the layers that the file has, in the network's order.
     remark : str or None
-        What was mended, or that the network is unknown.
+        What was converted, or that the network is unknown.
 
     Raises
     ------
@@ -1370,7 +1363,7 @@ def read_weights(path):
     except Exception as error:  # a broken file can raise anything in the libraries that read it
         raise UserError(f'{path!r} cannot be read as weights: {one_line(error)}.', fix) from None
     layers, layout = mended(layers, kind)
-    remark = {None: f'{path!r} is not a known VGG network: its colours and filters are taken as they are.',
+    remark = {None: f'{path!r} is not a known VGG network: BGR and cross-correlation are assumed.',
               'BGR': None}.get(layout, f'{path!r} is stored as {layout}: mended.')
     with open(path, 'rb') as file:
         checksum = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -1378,7 +1371,7 @@ def read_weights(path):
 
 
 def known_layers(layers, kind):
-    """The layers of a network as far as there are any, in order; ValueError where one is missing or misshapen."""
+    """Layers in the network's order, up to the deepest in the file; ValueError if one is missing or misshapen."""
     names = layer_names(kind)
     names = names[:max([names.index(name) + 1 for name in layers if name in names], default=1)]
     for before, name in zip([3, *map(filters, names)], names):
@@ -1390,7 +1383,7 @@ def known_layers(layers, kind):
 
 
 def mended(layers, kind):
-    """Layers as cross-correlation on BGR, and how they were stored, by `FIRST`; None where that tells nothing."""
+    """Layers for cross-correlation on BGR, and their layout in the file as told by `FIRST`, or None if unknown."""
     first = layers['1_1'][0]
     for order, channels in (('BGR', np.s_[:]), ('RGB', np.s_[::-1])):
         for flip, step in (('', 1), (', filters flipped', -1)):
@@ -1402,7 +1395,7 @@ def mended(layers, kind):
 
 
 def download(address, part):
-    """Fetch the Keras file to `part`, going on where an earlier attempt broke off; OSError if it is not that file."""
+    """Download the Keras file to `part`, resuming an earlier attempt; OSError if it is incomplete or another file."""
     have = os.path.getsize(part) if os.path.exists(part) else 0
     if have < KERAS['bytes']:
         request = urllib.request.Request(address, headers={'Range': f'bytes={have}-'} if have else {})
@@ -1413,7 +1406,7 @@ def download(address, part):
                 while file.tell() <= KERAS['bytes'] and (piece := response.read(1 << 16)):
                     bar.update(file.write(piece))
     if os.path.getsize(part) < KERAS['bytes']:
-        raise OSError('the connection broke off')                       # what came is kept for the next attempt
+        raise OSError('the connection broke off')                       # `part` is kept for the next attempt
     with open(part, 'rb') as file:
         if hashlib.file_digest(file, 'md5').hexdigest() != KERAS['md5']:
             os.unlink(part)
@@ -1423,12 +1416,12 @@ def download(address, part):
 def fetch_vgg19():
     """The path of VGG19 as .npz in the cache folder, fetched and converted the first time.
 
-    ``DOODLE_ADDRESSES`` may name more folders on the net, with spaces between, which are tried first.
+    ``DOODLE_ADDRESSES`` may hold further addresses of folders, separated by spaces, which are tried first.
 
     Raises
     ------
     OSError
-        No address gave the file; the message tells why, for each.
+        No address has the file; the message tells why, for each.
     """
     folder = os.path.join(os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache'), 'neural-doodle')
     path, part = os.path.join(folder, 'vgg19.npz'), os.path.join(folder, KERAS['file'] + '.part')
@@ -1436,7 +1429,7 @@ def fetch_vgg19():
         return path
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, 'lock'), 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)                                # of several runs at once one fetches
+        fcntl.flock(lock, fcntl.LOCK_EX)                                # of concurrent runs only one fetches
         troubles = []
         if os.path.exists(path):
             return path
@@ -1444,7 +1437,7 @@ def fetch_vgg19():
             say(f'  - Fetching VGG19 from {address} ..')
             try:
                 download(address + KERAS['file'], part)
-            except (OSError, ValueError, http.client.HTTPException) as error:   # ValueError: it is no address
+            except (OSError, ValueError, http.client.HTTPException) as error:   # ValueError: no URL
                 troubles.append(f'{urllib.parse.urlsplit(address).netloc}: {error}')
                 continue
             arrays = {f'conv{name}.{kind}': array for name, pair in read_h5(part).items()
@@ -1457,10 +1450,9 @@ def fetch_vgg19():
 
 
 def find_weights(options):
-    """The weights asked for with --weights or --network, else the best there are.
+    """The weights named by --weights or --network, else VGG19, else the bundled VGG16.
 
-    These are the original's file beside the script or in this folder, VGG19 from the cache or the net, and at last the
-    bundled VGG16.
+    VGG19 is the original's file beside the script or in the working folder, else from the cache or downloaded.
 
     Returns
     -------
@@ -1497,11 +1489,11 @@ def find_weights(options):
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 def cgroup(kind, unified, *legacy):
-    """The numbers in a file of this process's cgroup and of each above it: v2, or v1, which has several files."""
+    """Yield the numbers in the file `unified` (v2) or files `legacy` (v1) of this process's cgroup and its parents."""
     lines = []
     with contextlib.suppress(OSError), open('/proc/self/cgroup') as file:
         lines = [line.rstrip('/\n').split(':', 2) for line in file]
-    for _, kinds, path in lines:                                        # a container sees its own as /
+    for _, kinds, path in lines:                                        # in a container the path is /
         folder, files = (f'/{kind}', legacy) if kinds else ('', [unified])
         for depth in range(path.count('/') + 1 if kind in kinds.split(',') or not kinds else 0):
             with contextlib.suppress(OSError, ValueError):              # no such file; 'max', which is no number
@@ -1511,13 +1503,13 @@ def cgroup(kind, unified, *legacy):
 
 
 def allowed_cores():
-    """How many cores this process may use: those of its CPU set, or fewer by the quota of its cgroup."""
+    """Number of cores this process may use: those of its CPU set, or fewer by the quota of a cgroup."""
     quotas = cgroup('cpu', 'cpu.max', 'cpu.cfs_quota_us', 'cpu.cfs_period_us')
     return min([len(os.sched_getaffinity(0))] + [math.ceil(quota / period) for quota, period in quotas if quota > 0])
 
 
 def memory_limit():
-    """Bytes that this process may fill: what the machine has to spare, or less by the limit of a cgroup."""
+    """Bytes available to this process: the machine's free memory and swap, or less by the limit of a cgroup."""
     with open('/proc/meminfo') as file:
         free = dict(re.findall(r'(\w+): +(\d+) kB', file.read()))
     limits = cgroup('memory', 'memory.max', 'memory.limit_in_bytes')
@@ -1530,7 +1522,7 @@ def memory_needed(size, style_size, options):
     The peak is where the network is compiled, or where the features and keys of all copies of the style are made, or
     where the image is painted.
     """
-    def floats(names):                                                  # bytes a pixel of the picture
+    def floats(names):                                                  # bytes for each pixel of the picture
         return sum(4 * filters(name) / stride(name) ** 2 for name in names)
     names = layer_names('vgg19', options.style_layers + (options.content_layers if options.content else []))
     weights = sum(4 * 9 * before * filters(name) for before, name in zip([3, *map(filters, names)], names))
@@ -1543,7 +1535,7 @@ def memory_needed(size, style_size, options):
 
 
 def check_memory(inputs, options):
-    """Refuse a run that would not fit, with the size that would."""
+    """Refuse a run that does not fit into memory, naming a size that does."""
     size, style_size = inputs.size, inputs.style.shape[1::-1]
 
     def sizes(longest):
@@ -1560,11 +1552,11 @@ def check_memory(inputs, options):
 
 
 def check_sizes(inputs, options):
-    """Refuse pictures that are too small for the layers, and a style that is transparent as far as a layer sees."""
+    """Refuse pictures too small for the layers, and a style fully transparent at a layer's resolution."""
     if options.output_size and (inputs.content is not None or inputs.content_map is not None):
         raise UserError('--output-size is for texture synthesis; here the content or its map gives the size.',
                         'leave --output-size out')
-    # A layer whose patches are matched needs one of 3x3, any other one pixel, in the smallest phase.
+    # In the smallest phase a layer that is matched by patches needs 3x3 pixels, any other one.
     patched, style_size = options.style_layers if style_term(options).patched else [], inputs.style.shape[1::-1]
     least, layer = max((stride(layer) * (3 if layer in patched else 1), layer) for layer in
                        options.style_layers + (options.content_layers if inputs.content is not None else []))
@@ -1582,7 +1574,7 @@ def check_sizes(inputs, options):
 
 
 def operations(size, style_size, layers, patched):
-    """Multiplications and additions of an evaluation, in direct form: the network, there and back, and the matching."""
+    """Floating-point operations of an evaluation, by direct convolution: (network forward and backward, matching)."""
     def area(size, name):
         return math.prod(side // stride(name) for side in size)
     names = layer_names('vgg19', layers)
@@ -1592,19 +1584,19 @@ def operations(size, style_size, layers, patched):
 
 
 def plan(inputs, options):
-    """The run that would be, in lines: phases, patches, memory, and the time on this CPU, by its speed in NumPy."""
+    """Lines of --check: phases, patches, memory, and the time on this CPU, estimated by a matrix product in NumPy."""
     style_size, total, lines = inputs.style.shape[1::-1], 0, []
     layers = options.style_layers + (options.content_layers if inputs.content is not None else [])
     patched = options.style_layers if style_term(options).patched and options.style_weight else []
     square = np.ones((2048, 2048), np.float32)
-    square @ square                                                     # wakes the cores
+    square @ square                                                     # warm-up
     start = time.perf_counter()
     square @ square
     rate = 2 * 2048 ** 3 / (time.perf_counter() - start)
     for phase in range(options.phases):
         size, other = (phase_size(whole, phase, options.phases) for whole in (inputs.size, style_size))
         network, matching = operations(size, other, layers, patched)
-        # The engine's network reaches NumPy's rate, counted so, and its matching half of it.
+        # The engine's network reaches NumPy's rate in these operations, its matching half of it.
         matching *= 2 * copy_count(options) / (options.iterations if options.cache else 1)
         seconds = (network + matching) / rate
         total += seconds * options.iterations
@@ -1617,7 +1609,7 @@ def plan(inputs, options):
 
 
 def fitting_slices(image, style, layers, memory):
-    """The number of slices with which the scores of `match` fit into a share of a GPU's memory.
+    """The number of slices with which the scores of `match` fit into their share of a GPU's memory.
 
     Parameters
     ----------
@@ -1625,19 +1617,19 @@ def fitting_slices(image, style, layers, memory):
     layers : list of str
         Style layers.
     memory : int
-        Free bytes. A quarter is for the scores, and 4 GB at most: the network needs more, and few slices gain nothing.
+        Free bytes. The scores get a quarter, at most 4 GB: the network needs the rest, and fewer slices save no time.
     """
     needed = [1]
     for layer in layers:
         W, H, w, h = (side // stride(layer) for side in (*image, *style))
-        # Three such arrays are alive: products, their sum, and one to spare. Two more rows of pixels than patches.
+        # Three arrays at once: products, their sum, a spare. A batch takes two more rows of pixels than of patches.
         row = 3 * 4 * H * W * w
         needed.append(min(h - 2, math.ceil((h - 2) / max(1, min(memory / 4, 1 << 32) // row - 2))))
     return max(needed)
 
 
 def choose_slices(inputs, options, device):
-    """Batches of matching: as asked for, or by the free memory of a GPU; the engine has none."""
+    """Batches of matching: --slices, or by the free memory of a GPU; the engine, on the CPU, needs none."""
     if options.slices or device == 'cpu':
         return options.slices or 1
     width, height = inputs.style.shape[1::-1]                           # of the sheet of all copies:
@@ -1646,7 +1638,7 @@ def choose_slices(inputs, options, device):
 
 
 def check_compiler():
-    """Theano compiles C: without a compiler it would run, a hundred times slower, without a word."""
+    """Refuse to run without compiler or Python's headers: Theano would silently run a hundred times slower."""
     if not shutil.which('g++') and 'cxx=' not in os.environ.get('THEANO_FLAGS', ''):
         raise UserError('There is no g++, which compiles the network.', 'install g++ (Debian: apt-get install g++)')
     if not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
@@ -1668,7 +1660,7 @@ def blas_flags():
 
 
 class NoProps(tuple):
-    """An empty ``__props__`` that is true: for Theano a false one has no version and is compiled at each start."""
+    """An empty but truthy ``__props__``: Ops with a falsy one have no version, and Theano recompiles them each time."""
 
     def __bool__(self):
         return True
@@ -1678,31 +1670,31 @@ class NoProps(tuple):
 
 
 def prepare_process():
-    """What must be set before NumPy is imported: its BLAS reads the number of threads then."""
+    """Set the number of threads, which BLAS reads when NumPy is imported, and how glibc frees memory."""
     os.environ.setdefault('OMP_NUM_THREADS', str(allowed_cores()))
-    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')                 # a thread that waits leaves its core to others
+    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')                 # idle threads sleep, and do not spin
     return_freed_memory()
 
 
 def return_freed_memory():
-    """Let glibc give back what is freed at once, where by itself it keeps blocks of up to 32 MB and their gaps."""
-    with contextlib.suppress(OSError, AttributeError):                  # other C libraries do
+    """Have glibc return freed blocks from 4 MB on to the system; by default it keeps those of up to 32 MB."""
+    with contextlib.suppress(OSError, AttributeError):                  # another C library
         ctypes.CDLL('libc.so.6').mallopt(-3, 4 << 20)                   # M_MMAP_THRESHOLD
 
 
 def keep_compiled_code():
-    """Let Theano find all that it compiled in an earlier process, where by itself it compiles some Ops each time."""
+    """Make Theano's compile cache work for all Ops; by default some are compiled anew in each process."""
     ops = [theano.gof.Op]
     for op in ops:
         ops += op.__subclasses__()
         if vars(op).get('__props__') == ():
             op.__props__ = NoProps()
-    # Theano's is hash(), another in each process.
+    # Theano's version is the hash() of a string, which differs between processes.
     theano.gof.op.COp.c_code_cache_version = lambda op: (zlib.crc32(''.join(op.func_codes).encode()),)
 
 
 def compile_quickly():
-    """Let g++ read the headers of Theano's C++ once only, which take most of its time, and leave debug symbols out."""
+    """Precompile the headers of Theano's C++, which take g++ most of its time, and leave debug symbols out."""
     compiler, header = theano.gof.cmodule.GCC_compiler, os.path.join(theano.config.compiledir, 'headers.h')
     compile_str = compiler.compile_str
 
@@ -1712,7 +1704,7 @@ def compile_quickly():
                 file.write(b'#include <Python.h>\n#include <iostream>\n#include <vector>\n#include <algorithm>\n'
                            b'#include "theano_mod_helper.h"\n#include <math.h>\n#include <numpy/arrayobject.h>\n'
                            b'#include <numpy/arrayscalars.h>\n')
-            # Where it does not fit g++ passes over it, and where it cannot be made things just take longer.
+            # g++ ignores a precompiled header that does not fit its flags; without one, compiling just takes longer.
             with contextlib.suppress(OSError, subprocess.SubprocessError), written_whole(header + '.gch') as file:
                 flags = '-shared', '-g0', '-O3', '-fno-math-errno', '-fvisibility=hidden', *compiler.compile_args()
                 folders = ('-I' + folder for folder in theano.gof.cmodule.std_include_dirs())
@@ -1723,13 +1715,13 @@ def compile_quickly():
 
 
 def integers(count, function, *arguments):
-    """The integers that a C function of CUDA's writes, or None where it fails."""
+    """The integers that a C function of CUDA writes to its first `count` arguments, or None if it fails."""
     numbers = [ctypes.c_int() for _ in range(count)]
     return None if function(*map(ctypes.byref, numbers), *arguments) else tuple(number.value for number in numbers)
 
 
 def check_cuda(device):
-    """Refuse, in plain words, what libgpuarray would answer with a number or a crash.
+    """Refuse drivers and cards on which libgpuarray would fail by an error number or a crash.
 
     Raises
     ------
@@ -1755,7 +1747,7 @@ def check_cuda(device):
 
 
 def described(device):
-    """A device in words: a GPU with its name, memory and driver."""
+    """A device in words, a GPU with name, memory and driver."""
     if device == 'cpu':
         return '`cpu`'
     gpu, driver = theano.gpuarray.get_context(None), ''
@@ -1765,8 +1757,7 @@ def described(device):
 
 
 def open_device(options, inputs=None):
-    """Import Theano and open the device asked for, or else the CPU if that has memory for the run of these `inputs`;
-    says and returns which it is."""
+    """Import Theano and open the device, or else the CPU, if a run of `inputs` fits its memory; returns the device."""
     used, trouble = import_theano(options.device)
     if trouble:
         say(bold('WARNING: {} Computing on the CPU instead. FIX: {}.'.format(*trouble.args)))
@@ -1777,7 +1768,7 @@ def open_device(options, inputs=None):
 
 
 def set_theano_flags(device):
-    """Set THEANO_FLAGS: ours, and over them the user's; returns the device, which these may name, too."""
+    """Add our flags to THEANO_FLAGS, where the user's win; returns the device, which may be among the user's."""
     user = dict(flag.strip().split('=', 1) for flag in os.environ.get('THEANO_FLAGS', '').split(',') if '=' in flag)
     device = user.pop('device', device)
     if user.get('floatX', 'float32') != 'float32':
@@ -1786,7 +1777,7 @@ def set_theano_flags(device):
     flags = {'floatX': 'float32', 'device': 'cpu', 'dnn.enabled': 'False', 'print_active_device': 'False'}
     if 'blas.ldflags' not in user:
         flags.update(blas_flags())
-    if 'gcc.cxxflags' in user:                                         # adds to ours, without which BLAS has no names
+    if 'gcc.cxxflags' in user:                                         # added to ours, which name the BLAS routines
         user['gcc.cxxflags'] = f"{flags.get('gcc.cxxflags', '')} {user['gcc.cxxflags']}".strip()
     if not os.access(os.path.expanduser('~'), os.W_OK):
         flags['base_compiledir'] = os.path.join(tempfile.gettempdir(), f'theano-{os.getuid()}')
@@ -1795,7 +1786,7 @@ def set_theano_flags(device):
 
 
 def import_theano(device):
-    """Import Theano 1.0.5 and Lasagne 0.1 on a Python they were not made for, and open the device.
+    """Import Theano 1.0.5 and Lasagne 0.1 on Python 3.11, which they predate, and open the device.
 
     Parameters
     ----------
@@ -1805,7 +1796,7 @@ def import_theano(device):
     Returns
     -------
     device : str
-        The device really used.
+        The device in use.
     trouble : UserError or None
         Why it is not the one asked for.
     """
@@ -1834,9 +1825,9 @@ def import_theano(device):
 
 
 def open_gpu(device):
-    """Have Theano use a GPU; returns None, or the `UserError` that tells why it cannot."""
+    """Make Theano use a GPU; returns None, or the `UserError` that tells why it cannot."""
     try:
-        import pygpu  # noqa: F401, first, since what Theano says of its absence helps nobody
+        import pygpu  # noqa: F401, first, for its ImportError is clearer than Theano's message
         if device.startswith('cuda'):
             check_cuda(device)
         import theano.gpuarray
@@ -1862,12 +1853,12 @@ def winograd(W):
 
 
 class CompiledOp:
-    """What both Ops have: float32 arrays, and code with OpenMP, which heeds OMP_NUM_THREADS and the CPU set."""
+    """Base of both Ops: float32 inputs, and C++ with OpenMP, whose threads follow OMP_NUM_THREADS and the CPU set."""
 
     props = ()
 
     def apply(self, inputs, dimensions, outputs):
-        """The node, once its inputs are known to have these dimensions."""
+        """The Apply node; TypeError unless inputs are float32 of these numbers of dimensions."""
         inputs = [T.as_tensor_variable(variable) for variable in inputs]
         for variable, ndim in zip(inputs, dimensions):
             if variable.dtype != 'float32' or variable.ndim != ndim:
@@ -1878,29 +1869,28 @@ class CompiledOp:
         return COMMON + self.code()
 
     def c_code_cache_version(self):
-        return zlib.crc32(self.c_support_code().encode()), 1            # not hash(), which differs in every process
+        return zlib.crc32(self.c_support_code().encode()), 1            # hash() differs between processes
 
     def c_compile_args(self):
         return ['-fopenmp']
 
     def call(self, function, arguments, sub):
-        """C code that calls a function and fails where it throws."""
+        """C code that calls a function, and fails as an Op if it throws."""
         return f'if (!guarded([&] {{ {function}({", ".join(arguments)}); }})) {sub["fail"]}'
 
 
 class ConvolutionOp(CompiledOp):
     """The rectified 'same' convolution with 3x3 filters, or its gradient, by Winograd's F(4x4, 3x3) [LG15].
 
-    A tile of 4x4 pixels is made of 6x6 pixels of the input; that takes 36 products of (tiles, C) and (C, K) matrices
-    where it would be 144. The gradient, with respect to the input alone, is the convolution with transposed and turned
-    filters.
+    A tile of 4x4 pixels is computed from 6x6 pixels of the input by 36 products of (tiles, C) and (C, K) matrices, not
+    144. The gradient, of the input alone, is the convolution with transposed and turned filters.
 
     Parameters
     ----------
     pool : bool
         Average the input over 2x2 pixels first.
     backward : bool
-        Be the gradient.
+        Compute the gradient.
     """
 
     props = 'pool', 'backward'
@@ -1926,13 +1916,12 @@ class ConvolutionOp(CompiledOp):
 
 
 class MatchingOp(CompiledOp):
-    """For every 3x3 patch i of u (H, W, D) the patch j of v (h, w, D) with the largest score, the first of equals.
+    """For every 3x3 patch i of u (H, W, D) the patch j of v (h, w, D) with the largest score, of equal ones the first.
 
         S(i, j) = a(i) b(j) sum_d u(i + d) . v(j + d),        less penalty(j)
 
-    Where a and b are empty they are 1; where b(j) is 0 there is no patch j. The sum over the offsets d is taken over
-    shifted products of single pixels: they cost a ninth of the products of patches, no patch is ever stored, and of the
-    products only a few rows at a time.
+    Empty a and b stand for 1; where b(j) is 0, patch j is never matched. As in `match`, the sum over the offsets d is
+    over shifted products of single pixels; only a few rows of these products are stored at a time.
     """
 
     def code(self):
@@ -1948,9 +1937,9 @@ class MatchingOp(CompiledOp):
 
 
 def define_ops():
-    """The Ops `Convolution` and `Matching`, as soon as there is Theano to derive them from; once.
+    """Define the Ops `Convolution` and `Matching` once Theano, which has their base class, is imported.
 
-    Theano keeps compiled code by the pickled name of its Op, which must be the same for the script and its tests.
+    Theano's compile cache uses the pickled name of an Op, so that the module is `doodle` also when it is __main__.
     """
     global Convolution, Matching
     if 'Matching' not in globals():
@@ -1961,7 +1950,7 @@ def define_ops():
 
 
 def fast_convolution(W, b, pool):
-    """`Convolution` for Lasagne, with bias, rectifier and pooling in it, of (1, C, H, W) that lie as (H, W, C).
+    """`Convolution` with bias, rectifier and pooling for Lasagne: of (1, C, H, W) arrays, stored as (H, W, C).
 
     Parameters
     ----------
@@ -1977,7 +1966,7 @@ def fast_convolution(W, b, pool):
 
 
 def fast_match(u, v, slices, variety=None, history=None, scale=None):
-    """What `match` gives; of the products only three rows by one row are alive at a time, so there are no slices."""
+    """`match` by the engine, which stores so few products at a time that `slices` is not needed."""
     a, b = scale or 2 * [np.zeros(0, np.float32)]
     if history is None:
         return Matching()(u, v, a, b), None
@@ -1986,9 +1975,9 @@ def fast_match(u, v, slices, variety=None, history=None, scale=None):
 
 
 def depth_first(graph):
-    """The order in which Theano runs a graph's nodes, each value just before its use: its own keeps more alive."""
+    """Schedule of a graph's nodes, each just before its result is used: Theano's default order holds more arrays."""
     order, stack = {}, [variable.owner for variable in reversed(graph.outputs) if variable.owner]
-    before = graph.orderings()                                          # who reads what a node overwrites
+    before = graph.orderings()                                          # readers of what an in-place node overwrites
     while stack:
         needed = [variable.owner for variable in stack[-1].inputs] + list(before.get(stack[-1], ()))
         needed = [node for node in needed if node and node not in order]
@@ -2000,28 +1989,28 @@ def depth_first(graph):
 
 # ---- files: pictures -------------------------------------------------------------------------------------------------
 
-# A picture as it is seen: (H, W, 3) uint8 RGB, its alpha (H, W) uint8 or None, what there is to say of it, in lines.
+# A decoded picture: pixels (H, W, 3) uint8 sRGB, alpha (H, W) uint8 or None, remarks for the user, a line each.
 Picture = namedtuple('Picture', 'pixels alpha remarks')
 
-# Pictures that Pillow decodes by itself, here: not those for which it starts a program (EPS), of which it knows the
-# name only (WMF), that hold files of any format (ICO, IPTC), or that take a microsecond a pixel (DDS, QOI).
+# Formats that are read: not those for which Pillow starts a program (EPS), which it cannot decode on Linux (WMF), which
+# embed files of any other format (ICO, IPTC), or which take it a microsecond for each pixel (DDS, QOI).
 FORMATS = 'PNG', 'JPEG', 'TIFF', 'WEBP', 'AVIF', 'GIF', 'BMP', 'PPM', 'JPEG2000', 'PSD', 'SGI', 'PCX', 'TGA'
-PIXEL_BYTES = 26                                                      # at most to read a pixel: JPEG2000; others 22
+PIXEL_BYTES = 26                                                      # of memory for each pixel: JPEG2000; others 22
 SMALLER = 'make a smaller copy with a paint program'
-MOST_SCANS = 100                                                      # of a JPEG; programs make 10, and each takes time
+MOST_SCANS = 100                                                      # of a JPEG: each takes time; programs write 10
 
 
 def import_pillow():
-    """NumPy, Pillow and tqdm, once the options are known to be right: ``--help`` answers without them."""
+    """Import NumPy, Pillow and tqdm, after the options are parsed: ``--help`` needs none of them."""
     global np, Image, ImageCms, ImageOps, tqdm
     import numpy as np
     from PIL import Image, ImageCms, ImageOps
     from tqdm import tqdm
-    Image.MAX_IMAGE_PIXELS = None                                       # `check_pixels` knows better
+    Image.MAX_IMAGE_PIXELS = None                                       # `check_pixels` has its own
 
 
 def is_there(path):
-    """Whether there is anything at `path`; UserError where this user may not know."""
+    """Whether `path` exists; UserError if a folder on the way is closed to this user."""
     try:
         os.stat(path)
     except PermissionError:
@@ -2032,7 +2021,7 @@ def is_there(path):
 
 
 def forbidden(path):
-    """The `UserError` that names what keeps this user from reading a file: a folder on the way, or its own bits."""
+    """The `UserError` for a file that this user may not read; it names the folder or file whose mode forbids it."""
     def name(user):
         with contextlib.suppress(KeyError):
             user = pwd.getpwuid(user).pw_name
@@ -2047,16 +2036,15 @@ def forbidden(path):
 
 
 def tiff_tag(image, number, default):
-    """The (first) number that a TIFF has under a tag; else, and for what is no TIFF, `default`."""
+    """The (first) number in a tag of a TIFF; `default` without that tag, and for other formats."""
     return np.ravel(getattr(image, 'tag_v2', {}).get(number, default))[0]
 
 
 def check_pixels(file, path):
-    """Refuse a picture, opened but not yet decoded, that would not fit or is a bomb.
+    """Refuse, before it is decoded, a picture that would not fit into memory, or is a decompression bomb.
 
-    A small file may claim any size, and flat pictures and maps are small files: 2**26 pixels are always read, 2**28
-    where there are at most 8192 to a byte of the file, all that deflate can, and more where there are at most 64, as in
-    photographs.
+    A small file may claim any size, but flat maps are small files, too. Accepted are 2**26 pixels from any file, 2**28
+    at up to 8192 for each byte of the file (the most by deflate), and more at up to 64, as in photographs.
     """
     size, tile = os.path.getsize(path), [int(tiff_tag(file, tag, 0)) for tag in (322, 323)]
     claimed = max(math.prod(file.size), math.prod(tile))
@@ -2068,8 +2056,8 @@ def check_pixels(file, path):
 
 
 def scan_count(path):
-    """How many scans the (first) JPEG at `path` has: each is decoded over all of its pixels."""
-    marker, count, place = re.compile(rb'\xff([\xc0-\xcf\xd9-\xfe])'), 0, 0        # the others have no length
+    """Number of scans of the (first) JPEG at `path`, each of which is decoded over all pixels."""
+    marker, count, place = re.compile(rb'\xff([\xc0-\xcf\xd9-\xfe])'), 0, 0        # others lack a length
     with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         while (found := marker.search(content, place)) and found[1] != b'\xd9':             # end of the image
             count, place = count + (found[1] == b'\xda'), found.end()
@@ -2079,11 +2067,11 @@ def scan_count(path):
 
 @contextlib.contextmanager
 def unheard():
-    """A block in which what libraries say of themselves on stderr, in Python or in C, reaches nobody."""
+    """Silence warnings and stderr within a block, also those of C libraries."""
     with contextlib.ExitStack() as end:
         end.enter_context(warnings.catch_warnings())
         warnings.simplefilter('ignore')
-        with contextlib.suppress(OSError):                              # it may be closed
+        with contextlib.suppress(OSError):                              # stderr may be closed
             stderr = os.dup(2)
             end.callback(os.close, stderr)
             end.callback(os.dup2, stderr, 2)
@@ -2093,17 +2081,17 @@ def unheard():
 
 
 def decoded(path):
-    """The picture or map at `path` as it lies in its file, turned upright by its EXIF orientation.
+    """Decode a picture or map in its file's own mode, turned upright by its EXIF orientation.
 
     Parameters
     ----------
     path : str
-        One of `FORMATS`; of what moves it is the first image.
+        One of `FORMATS`; of an animation the first frame is read.
 
     Returns
     -------
     PIL.Image.Image
-        In the file's own mode, with what the file says of it (profile, transparency) in ``info``.
+        With the file's profile and transparency in ``info``.
 
     Raises
     ------
@@ -2126,7 +2114,7 @@ def decoded(path):
             if file.format in ('JPEG', 'MPO') and (scans := scan_count(path)) > MOST_SCANS:
                 raise ValueError(f'it has {scans} scans, where {MOST_SCANS} are more than any program makes')
             key = file.info.get('transparency') if file.format == 'PNG' else None
-            if key is not None and file.tile[0].args == 'RGB;16B':      # Pillow leaves it as it is, unlike the pixels
+            if key is not None and file.tile[0].args == 'RGB;16B':      # Pillow scales the pixels to 8 bits, not this
                 file.info['transparency'] = tuple(value >> 8 for value in key)
             elif key is not None and file.tile[0].args in ('L;2', 'L;4'):
                 file.info['transparency'] = key * (85 if file.tile[0].args == 'L;2' else 17)
@@ -2136,17 +2124,17 @@ def decoded(path):
         raise
     except PermissionError:
         raise forbidden(path) from None
-    except Exception as error:  # Pillow's plugins raise whatever broken files make them raise
+    except Exception as error:  # a broken file can raise anything in Pillow's plugins
         long = 'a text or a profile in it is too long' if 'MAX_TEXT' in str(error) else None
         raise UserError(f'{path!r} cannot be read as a picture: {long or one_line(error)}.',
                         'open it and save it again as PNG') from None
 
 
 def alpha(image):
-    """How opaque the pixels of a Pillow image are, as one of mode L; None where all of them are, wholly."""
+    """The alpha channel of a Pillow image, of mode L; None if all pixels are fully opaque."""
     if not image.has_transparency_data:
         return None
-    if image.mode[0] == 'I':                                            # has no way to RGBA
+    if image.mode[0] == 'I':                                            # Pillow cannot convert it to RGBA
         opaque = Image.fromarray(np.uint8(255) * (np.asarray(image) != image.info['transparency']))
     else:
         opaque = image.convert('RGBA').getchannel('A')
@@ -2154,11 +2142,11 @@ def alpha(image):
 
 
 def grey_bytes(image, path):
-    """A Pillow image of deep greys as one of mode L.
+    """Convert a Pillow image with greys of more than 8 bits to mode L.
 
-    16 bits mean 0..65535, and 12 bits of a TIFF 0..4095. Of 32 bits, whole or floating, nobody says what is white: it
-    is the least of 255, 65535 and 2**32 - 1, or of 1, 255 and 65535, that all but a thousandth of the pixels keep to;
-    brighter ones become white, and darker ones than 0 black.
+    16 bits span 0..65535, and 12 bits of a TIFF 0..4095. For 32 bits no format defines white: it is taken as the least
+    of 255, 65535 and 2**32 - 1 for integers, or of 1, 255 and 65535 for floats, that at most a thousandth of the pixels
+    exceed. Values outside are clipped.
 
     Parameters
     ----------
@@ -2176,7 +2164,7 @@ def grey_bytes(image, path):
     Raises
     ------
     UserError
-        There are values that are no numbers, or below 0, or none of these whites suits.
+        Values are not finite, or more than a few are below 0 or above all these whites.
     """
     def some(which):                                                    # more than a few hot pixels
         return np.count_nonzero(which) > max(1, which.size // 1000)
@@ -2203,15 +2191,15 @@ def grey_bytes(image, path):
 
 
 def to_srgb(image, profile, path):
-    """A picture in the colours of sRGB, with perceptual intent, as is usual for photographs.
+    """Convert a picture to sRGB with perceptual intent, as is usual for photographs.
 
     Parameters
     ----------
     image : PIL.Image.Image
         Of mode L, RGB, CMYK or LAB.
     profile : bytes or None
-        ICC profile. None is a broken one, and one that changes no colour by more than a step is sRGB: the image stays
-        as it is, bit for bit.
+        ICC profile; None counts as a broken one. One that changes no value by more than 1 counts as sRGB: the image is
+        returned unchanged.
     path : str
 
     Returns
@@ -2223,8 +2211,8 @@ def to_srgb(image, profile, path):
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b''))
         transform = ImageCms.buildTransform(source, ImageCms.createProfile('sRGB'), image.mode, 'RGB')
         name = ' '.join(ImageCms.getProfileDescription(source).split())
-    except Exception as error:  # not this mode's; a Pillow without LittleCMS raises an ImportError
-        return image, f'The colour profile of `{path}` cannot be used, and its colours are taken as they lie: ' \
+    except Exception as error:  # a profile of another mode; ImportError: Pillow lacks LittleCMS
+        return image, f'The colour profile of `{path}` cannot be used, and sRGB is assumed: ' \
                       f'{one_line(error)}.'
     colours = np.stack(np.mgrid[:256:15, :256:15, :256:15], axis=3).reshape(18, 18 * 18, 3)
     colours = Image.fromarray(np.uint8(colours)).convert(image.mode)
@@ -2235,7 +2223,7 @@ def to_srgb(image, profile, path):
 
 
 def read_picture(path):
-    """A picture of any mode as it is seen: in the colours of sRGB, and where it is transparent on white.
+    """Read a picture of any mode as 8-bit sRGB, with transparent pixels laid on white.
 
     Parameters
     ----------
@@ -2252,7 +2240,7 @@ def read_picture(path):
     """
     image = decoded(path)
     info, opaque, remarks = image.info, alpha(image), []
-    info.pop('transparency', None)                                      # it is in `opaque`
+    info.pop('transparency', None)                                      # `opaque` has it
     if image.mode[0] in 'IF' or tiff_tag(image, 339, 1) == 2:           # 2: signed bytes
         image, remark = grey_bytes(image, path)
         remarks.append(remark)
@@ -2272,18 +2260,17 @@ def read_picture(path):
 
 # ---- files: painted maps ---------------------------------------------------------------------------------------------
 
-# Colours no farther apart than this in RGB, 0..255, are one: slips of the brush, near-blacks, the noise of a JPEG.
+# Largest distance in RGB, 0..255, of colours that count as one: small slips, near-blacks, JPEG noise.
 NEAR = 24
 NOISE = 8                                                             # per channel, within a flat area of a noisy map
-LEAST = 0.001                                                         # of a map: what less than that covers is no class
+LEAST = 0.001                                                         # share of a map that a class must cover
 
 
 def map_pixels(images):
-    """Maps as their colours. Greys of more than 8 bits are labels, which mean the same in any mode.
+    """Maps as RGB arrays. Greys of more than 8 bits are read as labels, the same in all modes.
 
-    Where all are whole numbers up to 255 they are taken as they are, and multiples of 257 are divided by it. Else up to
-    256 values, of all grey maps together, are numbered from 0 on; more are scaled, 16 bits by 1/257, any others from
-    the lowest to the highest.
+    Whole numbers up to 255 are kept, and multiples of 257 divided by it. Other values, if all grey maps together have
+    at most 256, are numbered from 0 on, else scaled to 0..255: 16 bits by 1/257, others by their minimum and maximum.
 
     Parameters
     ----------
@@ -2343,10 +2330,10 @@ def even_pixels(colours, tolerance):
 
 
 def is_index_map(colours):
-    """Whether a lossless map (H, W, 3) holds numbers of classes as greys, as segmentation tools write them.
+    """Whether a lossless map (H, W, 3) holds class indices as greys, as segmentation tools write them.
 
-    It has at most 64 levels, some nearer than `NEAR`; most have an inside, a square of 2x2; and no two levels that
-    lie farther apart meet over different values in between, as at the blended borders of a painted map.
+    It has at most 64 levels, some within `NEAR` of each other; most cover squares of 2x2; and no two levels farther
+    apart have several different levels in between along their borders, as blended borders of a painted map have.
     """
     grey = colours[:, :, 0]
     levels = np.unique(grey)
@@ -2364,10 +2351,10 @@ def is_index_map(colours):
 
 
 def surroundings(labels, count):
-    """The classes around each pixel that has none: the first one in each of 16 directions.
+    """The classes around each unlabelled pixel: the first labelled pixel on each of 16 rays from it.
 
-    Only those no farther away than the shortest line through the pixel, from one class to another, is long: along a
-    border a ray sees what has nothing to do with it.
+    Two opposite rays that end in different classes cross a border. Ends farther away than the shortest such crossing
+    is long are left out: a ray along a border ends in classes that do not meet there.
 
     Parameters
     ----------
@@ -2377,20 +2364,20 @@ def surroundings(labels, count):
     Returns
     -------
     (n,) uint64 array
-        The classes as bits, for the pixels of -1, row by row.
+        Bit k is set for class k; for the pixels of -1, row by row.
     """
-    padded = np.pad(labels, 2, constant_values=count)                   # `count`: nothing is seen there
+    padded = np.pad(labels, 2, constant_values=count)                   # `count`: outside the map
     unknown = np.flatnonzero(padded < 0)
     n, spot = len(unknown), padded.ravel().astype(np.int32)
     spot += n
-    spot[unknown] = np.arange(n, dtype=np.int32)                        # < n: look further from there; else n + class
+    spot[unknown] = np.arange(n, dtype=np.int32)                        # < n: that unlabelled pixel; else n + class
     ends, lengths, shortest = [], [], np.full(n, np.inf, np.float32)
     for x, y in ((1, 0), (0, 1), (1, 1), (1, -1), (2, 1), (1, 2), (2, -1), (1, -2)):
         for step in (y * padded.shape[1] + x, -y * padded.shape[1] - x):
             ahead = np.append(spot[unknown + step], np.arange(n, n + count + 1, dtype=np.int32))
             steps = np.float32(np.arange(len(ahead)) < n)
             while (ahead < n).any():
-                steps, ahead = steps + steps[ahead], ahead[ahead]       # twice as far each time
+                steps, ahead = steps + steps[ahead], ahead[ahead]       # pointer jumping: the step doubles
             ends.append(np.uint8(ahead[:n] - n))
             lengths.append(steps[:n] * np.float32(math.hypot(x, y)))
         a, b = ends[-2:]
@@ -2403,15 +2390,15 @@ def surroundings(labels, count):
 
 
 def pairwise_distances(points, others):
-    """How far each of the points (n, d) is from each of the others (k, d), (n, k)."""
-    from scipy.spatial.distance import cdist  # not before there are maps to judge
+    """Euclidean distances (n, k) of points (n, d) from others (k, d)."""
+    from scipy.spatial.distance import cdist  # imported for maps only
     return cdist(points, others)
 
 
 def hull_distance(points, corners):
-    """How far each of the points (n, d) lies from the convex hull of the corners (k, d), by Frank and Wolfe's way."""
+    """Distances (n,) of points (n, d) from the convex hull of corners (k, d), by the Frank-Wolfe algorithm."""
     nearest = corners[pairwise_distances(points, corners).argmin(axis=1)]
-    for _ in range(8 if len(corners) > 2 else 1):                       # a line takes one step
+    for _ in range(8 if len(corners) > 2 else 1):                       # one step is exact for two corners
         towards = corners[((points - nearest) @ corners.T).argmax(axis=1)] - nearest
         t = ((points - nearest) * towards).sum(axis=1) / np.maximum((towards ** 2).sum(axis=1), 1e-9)
         nearest = nearest + t.clip(0, 1)[:, None] * towards
@@ -2422,8 +2409,7 @@ YCBCR = (0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081)     
 
 
 def blended(points, corners):
-    """Which colours (n, 3) lie between others (k, 3), within `NEAR`: in RGB, or in brightness and in chroma, which a
-    JPEG blends apart."""
+    """Which colours (n, 3) are blends of `corners` (k, 3), within `NEAR`: in RGB, or in luma and chroma separately."""
     inner, outer = (colours @ np.array(YCBCR).T for colours in (points, corners))           # (n, 3), (k, 3)
     y, ends = inner[:, 0], outer[:, 0]
     apart = (hull_distance(inner[:, 1:], outer[:, 1:]) <= NEAR) & (abs(y - y.clip(ends.min(), ends.max())) <= NEAR)
@@ -2431,21 +2417,21 @@ def blended(points, corners):
 
 
 def groups(colours, shares):
-    """Colours (N, 3) gathered around the largest, again and again.
+    """Group colours (N, 3) greedily: the largest one left, with all that are left within `NEAR` of it.
 
     Parameters
     ----------
     shares : (N, maps) array
-        Of each map, by colour.
+        Share of each map that a colour covers.
 
     Yields
     ------
     centre : int
-        Number of the largest colour that is left.
+        Index of the largest colour left.
     ways : (N,) array
-        How far all colours are from it.
+        Distances of all colours from it.
     group : (N,) bool array
-        What is left within `NEAR`.
+        Colours left within `NEAR` of it.
     """
     left, size = shares.any(axis=1), shares.sum(axis=1)
     for _ in range(256):
@@ -2458,9 +2444,9 @@ def groups(colours, shares):
 
 
 def peaks(colours, flat, exact):
-    """Numbers of the colours (N, 3) that have flat areas of their own, 64 at most.
+    """Indices of the colours (N, 3) that are peaks of the histogram over flat areas, 64 at most.
 
-    Most of what is near such a colour is very near, or exactly of it. A ramp has no peaks.
+    Most of the area within `NEAR` of a peak is within `NEAR / 3`, or much of it has the exact colour. Ramps have none.
 
     Parameters
     ----------
@@ -2477,7 +2463,7 @@ def peaks(colours, flat, exact):
 
 
 def numbered_colours(maps):
-    """Maps (H, W, 3) as numbers (H, W) of all their colours, and these colours (N, 3)."""
+    """Maps (H, W, 3) as indices (H, W) into a table of all their colours, and that table (N, 3)."""
     codes = [colour_codes(rgb) for rgb in maps]
     table = np.zeros(1 << 24, np.int32)                                 # of all colours; faster than to sort the pixels
     for code in codes:
@@ -2488,11 +2474,11 @@ def numbered_colours(maps):
 
 
 def painted_classes(maps):
-    """The classes of maps painted by hand, and of each pixel the class that it belongs to.
+    """Find the classes of maps painted by hand, and the class of each pixel.
 
-    A class is gathered around a colour of its own: one that has flat areas, or covers `LEAST` by itself. What lies
-    between the classes around it is a blend (anti-aliasing, a soft brush, a scaled map) and belongs to the nearest of
-    these, however much there is of it.
+    A class forms around a colour that has flat areas, or covers `LEAST` by itself. A pixel whose colour is a blend of
+    the classes around it (anti-aliasing, a soft brush, a scaled map) belongs to the nearest of them; blends form no
+    class, however large their area.
 
     Parameters
     ----------
@@ -2529,7 +2515,7 @@ def painted_classes(maps):
                 found[centre] = max(way[centre] for way in ways)
         if not found or len(classes) == 64:
             break
-        # Of the ends of a ramp and its middle the ends come first: what is left between them then is a blend.
+        # The colour farthest from its surroundings first: once both ends of a ramp are classes, its middle is a blend.
         chosen = list(found) if len(found) > 16 else [max(found, key=found.get)]
         classes = np.append(classes, colours[chosen], axis=0)[:64]
     nearest = pairwise_distances(colours, classes).argmin(axis=1)
@@ -2537,21 +2523,21 @@ def painted_classes(maps):
 
 
 def sides(number, colours, classes, even):
-    """The class of each pixel of a map: in flat areas that of its colour, in a blend the nearest around it.
+    """Label the pixels of a map: in flat areas by their colour, in blends by the nearest of the classes around.
 
     Parameters
     ----------
     number : (H, W) int array
-        Of each pixel's colour.
+        Index of each pixel's colour.
     colours, classes : (N, 3) and (K, 3) arrays
     even : (H, W) bool array
 
     Returns
     -------
     labels : (H, W) int array
-        -1 where it is neither.
+        -1 where neither applies.
     ways : (N,) array
-        How far each colour is, on average, from the nearest class around it, where it is no blend.
+        Mean distance of each colour from the nearest class around, over its pixels of label -1.
     """
     if not len(classes):
         return np.full(number.shape, -1, np.int8), np.zeros(len(colours))
@@ -2565,7 +2551,7 @@ def sides(number, colours, classes, even):
     for place, bits in enumerate(seen):
         around = np.flatnonzero([int(bits) >> k & 1 for k in range(len(classes))])
         kind = slice(*np.searchsorted(kinds, (place * len(colours), (place + 1) * len(colours))))
-        found = kinds[kind] - place * len(colours)                      # numbers of the colours seen from there
+        found = kinds[kind] - place * len(colours)                      # indices of the colours there
         if len(around):
             way[kind] = distances[found][:, around].min(axis=1)
         if len(around) > 1:
@@ -2579,13 +2565,13 @@ def sides(number, colours, classes, even):
 
 
 def map_classes(maps, index):
-    """The classes of colours that several maps have together, and the class of each pixel.
+    """The joint classes of several maps, and the class of each pixel.
 
     Parameters
     ----------
     maps : list of (H, W, 3) uint8 arrays
     index : list of bool
-        Which of them are index maps: each of their levels is a class, and is the same in another map only exactly.
+        Which maps hold class indices: each level is a class, and only exactly equal ones are one class.
 
     Returns
     -------
@@ -2609,15 +2595,15 @@ def map_path(path, extension):
 
 
 def map_paths(options):
-    """Where the maps are to be found: of the content, or else of the output, which is a doodle, and of the style."""
+    """Paths of the two maps: of the content, or of the output (a doodle) if there is none, and of the style."""
     return [find_map(path, options.semantic_ext) for path in (options.content or options.output, options.style)]
 
 
-MAP_ENDINGS = '.png', '.tif', '.tiff', '.webp', '.bmp', '.gif', '.tga', '.ppm', '.jpg', '.jpeg'  # the better come first
+MAP_ENDINGS = '.png', '.tif', '.tiff', '.webp', '.bmp', '.gif', '.tga', '.ppm', '.jpg', '.jpeg'  # by preference
 
 
 def other_endings(path, picture_path):
-    """The files with the name of the map at `path` but another ending of a picture's, and not that of its picture."""
+    """Files named as the map at `path`, with other endings; none if the picture itself has that name."""
     stem, ending = os.path.splitext(path)
     folder, name = os.path.split(stem)
     found = []
@@ -2629,19 +2615,19 @@ def other_endings(path, picture_path):
 
 
 def find_map(path, extension):
-    """The map of the picture at `path`: its name + `extension`, or where that is not there, with another ending."""
+    """The map of the picture at `path`: its name + `extension`, or if that is missing, with another ending."""
     exact = map_path(path, extension)
     return exact if os.path.lexists(exact) else next(iter(other_endings(exact, path)), exact)
 
 
 def orientation(path):
-    """How the file at `path` says that its picture is turned: 1 not at all, 2 .. 8 by EXIF."""
+    """EXIF orientation of the picture at `path`: 1 upright, 2 .. 8 flipped or turned."""
     with unheard(), Image.open(path, formats=FORMATS) as file:
         return file.getexif().get(0x0112, 1)
 
 
 def check_map_size(path, image, picture_path, size):
-    """Refuse a map of another shape than its picture's; returns a warning where that cannot be told, or None.
+    """Refuse a map of other proportions than its picture; returns a warning if EXIF may misalign them, or None.
 
     Parameters
     ----------
@@ -2654,7 +2640,7 @@ def check_map_size(path, image, picture_path, size):
     turned = orientation(picture_path) if orientation(path) == 1 else 1
     (w, h), (width, height) = image.size, size
 
-    def fits(w, h):                                                     # but for rounding, or 3 % of the proportions
+    def fits(w, h):                                                     # up to rounding, or 3 % of the proportions
         return abs(h * width - w * height) <= max(w, h, width, height, 0.03 * w * height, 0.03 * h * width)
 
     if fits(w, h):
@@ -2674,9 +2660,7 @@ Classified = namedtuple('Classified', 'classes maps labels warnings')
 
 
 def classify_maps(paths, pictures, longest=None):
-    """Read maps and find their classes, in the files' own pixels; then bring them to the size of their pictures.
-
-    That is done by the nearest pixel, so that the colours stay those that were painted.
+    """Read maps, find their classes at full size, and resize them to their pictures by the nearest pixel.
 
     Parameters
     ----------
@@ -2684,7 +2668,7 @@ def classify_maps(paths, pictures, longest=None):
     pictures : list of (str, (H, W, 3) array), or of None
         The path and the pixels of the picture of each map; None for a doodle, which has the map's size.
     longest : int or None
-        The longer side of a doodle at most.
+        Largest longer side of a doodle.
 
     Returns
     -------
@@ -2711,7 +2695,7 @@ def classify_maps(paths, pictures, longest=None):
 
 @functools.cache
 def import_automaps():
-    """``samples/automaps.py`` beside the script, as a module that imports this very one."""
+    """``samples/automaps.py`` beside the script, as a module that imports this one."""
     path = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'samples', 'automaps.py')
     if not os.path.isfile(path):
         raise UserError(f'--auto-maps needs {path!r}, which is not there.',
@@ -2724,7 +2708,7 @@ def import_automaps():
 
 
 def legend(classes, maps, labels):
-    """What each class covers of the maps, and what in them is likely a painting mistake, in lines.
+    """Lines with the share of each class in the maps, and warnings of likely painting mistakes.
 
     Parameters
     ----------
@@ -2743,7 +2727,7 @@ def legend(classes, maps, labels):
         counts, owner[code] = np.bincount(code.ravel(), minlength=1 << 24), labels[name]
         found = np.flatnonzero(counts)
         found = found[np.argsort(counts[found], kind='stable')]
-        most.append(dict(zip(owner[found].tolist(), found.tolist())))   # of several the last stays
+        most.append(dict(zip(owner[found].tolist(), found.tolist())))   # commoner colours overwrite rarer ones
     order = np.argsort(-shares.sum(axis=0), kind='stable').tolist()
     pairs = [f'#{most[0][k]:06x} and #{most[-1][k]:06x}' for k in order
              if all(k in colours for colours in most) and most[0][k] != most[-1][k]]
@@ -2765,7 +2749,7 @@ def legend(classes, maps, labels):
 
 
 def paint_maps(inputs, options):
-    """Have the missing maps painted; returns what that needs, as `find_weights` and `open_device` give it."""
+    """Paint the missing maps; returns the network and device used, as `find_weights` and `open_device` do."""
     if options.device == 'cpu':
         check_memory(inputs, options)
     automaps = import_automaps()
@@ -2778,7 +2762,7 @@ def paint_maps(inputs, options):
 # ---- files: what a run writes ----------------------------------------------------------------------------------------
 
 def expanded(path):
-    """A path with its ~ expanded; UserError where that means nothing."""
+    """A path with its ~ expanded; UserError if there is no such user, or in a container."""
     user, _, rest = path.partition('/')
     if user.startswith('~') and mounts() is not None:
         home = '$HOME' if user == '~' else f'/home/{user[1:]}'
@@ -2791,12 +2775,12 @@ def expanded(path):
 
 
 def same_file(a, b):
-    """Whether two paths, there already or not, name one file."""
+    """Whether two paths, existing or not, name one file."""
     return os.path.realpath(a) == os.path.realpath(b) or all(map(os.path.exists, (a, b))) and os.path.samefile(a, b)
 
 
 def mounts():
-    """The folders mounted into our container and where on the host they come from, {path: source}; outside it None."""
+    """The folders mounted into the program's container, {path: source on the host}; None outside of one."""
     if 'DOODLE_CONTAINER' not in os.environ:
         return None
     with open('/proc/self/mountinfo') as file:
@@ -2825,8 +2809,8 @@ Places = namedtuple('Places', 'output copy checkpoint')
 def place_output(options):
     """The `Places` of a run.
 
-    Where the output would be lost with the container there is a copy on a mounted folder. Where it could not even be
-    written (a read-only container), the copy takes its place. The checkpoint lies beside what is kept.
+    An output that would be lost with the container has a copy in a mounted folder; if the container is read-only, the
+    copy is the output. The checkpoint is beside the copy, or else the output.
     """
     output, copy = options.output, None
     if mounts() is not None and not mount_of(output):
@@ -2840,7 +2824,7 @@ def place_output(options):
 
 
 def kept(places):
-    """The result's path in words, and in our container whether it outlives it."""
+    """The result's path in words, and in a container whether it is on a mounted folder."""
     path = places.copy or places.output
     if mounts() is None:
         return f'`{path}`'
@@ -2849,7 +2833,7 @@ def kept(places):
 
 
 def check_files(options, places):
-    """Refuse files that a run could not write or would overwrite; warnings of what a container would not keep."""
+    """Refuse outputs that cannot be written or overwrite inputs; returns warnings of those lost with the container."""
     maps = map_paths(options)
     read = [options.content, options.style, options.weights, *maps]
     read += [] if options.seed in ('noise', 'content') else [options.seed]
@@ -2863,7 +2847,7 @@ def check_files(options, places):
 
 
 def check_written(options, places, read):
-    """Refuse what would overwrite an input or could not be written at the end; make the missing folders."""
+    """Refuse outputs that would overwrite an input or cannot be written; make the missing folders."""
     folders = {'--frames': options.frames} if options.save_every else {}
     outputs = list(filter(None, places))
     for flag, path in [('--output', path) for path in outputs] + [('--log', options.log)] * bool(options.log):
@@ -2878,7 +2862,7 @@ def check_written(options, places, read):
         raise UserError('--log is the same file as the output or its checkpoint.', 'choose another --log')
     image_format(places.output)
     for flag, folder in folders.items():
-        if os.path.isdir(folder) or not options.check:                  # which leaves nothing behind
+        if os.path.isdir(folder) or not options.check:                  # --check creates nothing
             check_folder(folder, flag, f'choose another {flag}')
 
 
@@ -2892,7 +2876,7 @@ def check_folder(folder, flag, fix):
 
 
 def image_format(path):
-    """Pillow's name of the format that the ending of `path` stands for."""
+    """Pillow's name of the format for the ending of `path`."""
     name = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
     try:
         Image.new('RGB', (1, 1)).save(io.BytesIO(), format=name)
@@ -2908,28 +2892,28 @@ os.umask(UMASK)
 
 @contextlib.contextmanager
 def written_whole(path):
-    """A binary file that appears at `path` whole, at the end of the block, or not at all."""
+    """Write a binary file atomically: it appears at `path` at the end of the block, or not at all."""
     folder = os.path.dirname(path) or '.'
-    os.makedirs(folder, exist_ok=True)                                  # it may have vanished since it was checked
+    os.makedirs(folder, exist_ok=True)                                  # it may have been removed since `check_folder`
     prefix = f'.doodle-{zlib.crc32(os.fsencode(os.path.abspath(path))):08x}-'
     names = fnmatch.filter(os.listdir(folder), prefix + '*') if os.access(folder, os.R_OK) else ()
     for name in names:
         with contextlib.suppress(OSError), open(os.path.join(folder, name)) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # no run holds it: one that was killed left it
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # unlocked: left by a killed run
             os.unlink(file.name)
     while True:
         temporary = tempfile.NamedTemporaryFile(dir=folder, prefix=prefix, delete=False)
-        with contextlib.suppress(OSError):                              # not on every file system
+        with contextlib.suppress(OSError):                              # some file systems have no locks
             fcntl.flock(temporary, fcntl.LOCK_EX)
-        if os.path.exists(temporary.name):                              # else it was taken for one of those
+        if os.path.exists(temporary.name):                              # else a run removed it before it was locked
             break
         temporary.close()
     try:
         with temporary as file:
             yield file
             file.flush()
-            os.chmod(temporary.name, 0o666 & ~UMASK)                    # temporary files are for their owner alone
-            os.replace(temporary.name, path)                            # while it is held
+            os.chmod(temporary.name, 0o666 & ~UMASK)                    # temporary files have mode 0600
+            os.replace(temporary.name, path)                            # while it is locked
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary.name)
@@ -2937,7 +2921,7 @@ def written_whole(path):
 
 
 def write_picture(rgb, path):
-    """Write (H, W, 3) uint8 `rgb`, in the format that the ending of `path` stands for."""
+    """Write (H, W, 3) uint8 `rgb`, in the format of the ending of `path`."""
     with written_whole(path) as file:
         Image.fromarray(np.ascontiguousarray(rgb)).save(file, format=image_format(path), quality=95)
 
@@ -2945,7 +2929,7 @@ def write_picture(rgb, path):
 def claim_frames(folder):
     """A folder for this run's frames: `folder` itself, or the first of its ``run-2``, ``run-3``, ... that is new.
 
-    A run takes a folder by making ``command.txt`` in it, which says what the frames are of.
+    A run claims a folder by creating ``command.txt`` in it, which holds the command line.
     """
     for number in itertools.count(1):
         place = folder if number == 1 else os.path.join(folder, f'run-{number}')
@@ -2959,24 +2943,24 @@ def claim_frames(folder):
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What a run knows between two evaluations, and all that `--resume` needs."""
+    """The state of a run between two evaluations: all that `--resume` needs."""
 
     header: dict                                                        # its `provenance`
     phase: int = 0
-    evaluation: int = 0                                                 # how many were made in this phase,
-    number: int = 0                                                     # and in all
-    error: float = 255.                                                 # largest slope of a pixel, a running mean
-    frames: str = None                                                  # the folder that it claimed
+    evaluation: int = 0                                                 # number of evaluations in this phase
+    number: int = 0                                                     # and in all phases
+    error: float = 255.                                                 # running mean of the largest |gradient|
+    frames: str = None                                                  # the folder of `claim_frames`
     minimiser: Minimiser = None
     memory: dict = None                                                 # `Objective.state`
 
     def begin(self, phase, image, objective):
-        """A phase begins with an image."""
+        """Start a phase from an image."""
         self.phase, self.evaluation, self.error = phase, 0, 255.
         self.minimiser, self.memory = Minimiser(image), objective.state()
 
     def count(self, evaluation):
-        """An evaluation was made."""
+        """Count an evaluation."""
         self.evaluation, self.number = self.evaluation + 1, self.number + 1
         self.error = 0.9 * self.error + 0.1 * min(float(np.abs(evaluation.gradient).max()), 255)
 
@@ -3002,8 +2986,8 @@ def write_checkpoint(path, at):
                if field.name not in ('minimiser', 'memory')}
     state = dict(format=FORMAT, version=__version__, arrays=list(arrays)) | numbers
     with written_whole(path) as file:
-        for array in (json.dumps(state), *arrays.values()):             # no .npz: zipfile has words of its own for a
-            np.save(file, array)                                        # full disk
+        for array in (json.dumps(state), *arrays.values()):             # not .npz: zipfile hides that a disk is full
+            np.save(file, array)
 
 
 def find_checkpoint(path, header, resume):
@@ -3013,7 +2997,7 @@ def find_checkpoint(path, header, resume):
     ----------
     path : str
     header : dict
-        `provenance` of the run. Where it has no random seed, that of the checkpoint serves, or a new one.
+        `provenance` of the run. If it has no random seed, the checkpoint's is taken, or one is drawn.
     resume : bool
     """
     remarks = []
@@ -3031,7 +3015,7 @@ def find_checkpoint(path, header, resume):
 
 
 def read_checkpoint(path, header):
-    """The `Checkpoint` at `path`, which the run of this `header` may go on from.
+    """The `Checkpoint` at `path`, from which the run of this `header` is to go on.
 
     Raises
     ------
@@ -3066,10 +3050,10 @@ def read_checkpoint(path, header):
 
 
 def differing(then, now):
-    """In what the run of a checkpoint and this one differ, by their `provenance`: (name, then, now)."""
+    """Differences between the `provenance` of a checkpoint and that of this run, as (name, then, now)."""
     inputs, noisy = now['inputs'], now['options']['seed'] == 'noise'
     same = (then['inputs'], then['shapes']) == (inputs, now['shapes'])
-    # Options that this run does not use, or whose effect on pictures and sizes is compared.
+    # Options without effect in this run, or whose effect on pictures and sizes is compared instead.
     unused = {'max_size': same, 'output_size': same, 'seed': inputs['seed'], 'seed_range': not noisy,
               'content_weight': same and not inputs['content'], 'content_layers': same and not inputs['content'],
               'semantic_weight': same and not inputs['style_map']}
@@ -3085,7 +3069,7 @@ def differing(then, now):
 
 
 def is_before(line, at):
-    """Whether a line of a log is whole, and its header or of an evaluation before a `Checkpoint`."""
+    """Whether a line of a log is complete, and is the header or an evaluation before the `Checkpoint`."""
     with contextlib.suppress(ValueError, TypeError, KeyError):
         entry = json.loads(line)
         known = at.phase, at.evaluation
@@ -3094,9 +3078,9 @@ def is_before(line, at):
 
 
 class Journal:
-    """What a run leaves behind and says while it goes on: lines, progress, frames, log, checkpoints, result.
+    """The output of a run: lines, progress bar, frames, log, checkpoints, result.
 
-    What cannot be written never ends a run: the person watching is told why, once.
+    A file that cannot be written does not end a run, but is warned of, once for each path.
 
     Parameters
     ----------
@@ -3104,7 +3088,7 @@ class Journal:
     places : Places
     size : (width, height) of the result
     at : Checkpoint
-        Where the run begins: a log of what was before is gone on with.
+        Where the run begins; a resumed run continues its log from there.
     """
 
     def __init__(self, options, places, size, at):
@@ -3123,7 +3107,7 @@ class Journal:
 
     @contextlib.contextmanager
     def spared(self, path):
-        """A block in which what cannot be written at `path` is told, the first time, and the run goes on."""
+        """Turn an OSError in the block, which writes to `path`, into a warning, once for each path."""
         try:
             yield
         except OSError as error:
@@ -3142,7 +3126,7 @@ class Journal:
         self.say(bold(f'WARNING: {text}.'))
 
     def begin(self, at, size, objective):
-        """A phase begins, at this (width, height)."""
+        """Describe the phase that begins; `size` is (width, height)."""
         scale = 1 / 2 ** (self.options.phases - 1 - at.phase)
         self.say(f'\n{bold(f"Phase #{at.phase}")}: resolution {size[0]}x{size[1]}  scale {scale}')
         for layer, term in objective.style.items():
@@ -3154,8 +3138,8 @@ class Journal:
         self.since = time.time()
 
     def record(self, at, x, evaluation):
-        """The evaluation of the image `x` (3, H, W) was counted last: its line, its frame, its entry in the log."""
-        number, every = at.number - 1, self.options.print_every         # from 0 on
+        """Write line, frame and log entry of the evaluation of `x` (3, H, W), which `at` has just counted."""
+        number, every = at.number - 1, self.options.print_every         # counts from 0
         if every and number % every == 0:
             self.say(progress_line(number, evaluation, at.error, time.time() - self.since))
             self.since = time.time()
@@ -3174,7 +3158,7 @@ class Journal:
         self.bar.update()
 
     def write_log(self, entry):
-        """Append one line of JSON; what could not be written comes first."""
+        """Append one line of JSON, after those that could not be written before."""
         if self.log:
             self.unwritten += json.dumps(entry).encode() + b'\n'
             with self.spared(self.options.log):
@@ -3182,18 +3166,18 @@ class Journal:
                     self.unwritten = self.unwritten[self.log.write(self.unwritten):]
 
     def keep(self, at):
-        """Write a checkpoint every 10 evaluations, or as often as frames."""
+        """Write a checkpoint every 10 evaluations, or as often as frames if that is more often."""
         if at.number % min(self.options.save_every or 10, 10) == 0:
             self.keep_now(at)
 
     def keep_now(self, at):
-        """Write a checkpoint, where there is something to go on from."""
+        """Write a checkpoint, unless nothing is evaluated yet."""
         if at.number:
             with self.spared(self.places.checkpoint):
                 write_checkpoint(self.places.checkpoint, at)
 
     def save(self, at, last=True):
-        """Write the last accepted image as the result, the last time where it can be; False if there is none."""
+        """Save the last accepted image; at the `last` time to any folder that can be written. Whether it is saved."""
         if not at.number or self.saved is at.minimiser.image:
             return at.number > 0
         picture, done = to_pixels(at.minimiser.image, self.size), False
@@ -3214,7 +3198,7 @@ class Journal:
 
 
 def paint_and_save(objective, inputs, options, at, journal):
-    """Paint, and save what there is however that ends; returns the exit code."""
+    """Paint, and save the image also after an error or signal; returns the exit code."""
     start, device, places = time.time(), at.header['device'], journal.places
     try:
         with contextlib.closing(journal.bar), Signals() as signals:
@@ -3232,7 +3216,7 @@ def paint_and_save(objective, inputs, options, at, journal):
         saved = f'the last good image is in {kept(journal.places)}' if journal.save(at) else 'nothing was saved'
         raise UserError(f'The loss is no longer a number after {at.number} evaluations; {saved}.',
                         'try smaller weights, or another --random-seed') from None
-    except Exception:                                                   # there may be no more memory, for one
+    except Exception:                                                   # for example a lack of memory
         if journal.save(at):
             say(f'\nAfter {at.number} evaluations the image so far is in {kept(journal.places)}.')
         raise
@@ -3248,16 +3232,16 @@ def paint_and_save(objective, inputs, options, at, journal):
 # ---- files: what a run says ------------------------------------------------------------------------------------------
 
 def one_line(error):
-    """What an exception says, in one line without a full stop."""
+    """The message of an exception in one line, without a full stop."""
     return ' '.join(str(error).split()).rstrip('.') or type(error).__name__
 
 
 def say(text=''):
-    """A line for the person watching, in whatever characters the terminal has."""
+    """Print a line, with escapes for characters that the terminal lacks."""
     encoding = sys.stdout.encoding or 'utf-8'
     try:
         print(text.encode(encoding, 'backslashreplace').decode(encoding), flush=True)
-    except OSError:                                                     # nobody watches any more: the picture is wanted
+    except OSError:                                                     # the reader is gone: go on silently
         sys.stdout = open(os.devnull, 'w')
 
 
@@ -3277,7 +3261,7 @@ def examples(items, count=4):
 
 
 def progress_line(number, evaluation, error, seconds):
-    """The line of an evaluation: losses divided by 1000, and how far the gradient has fallen."""
+    """The line of an evaluation: losses divided by 1000, quality (from the gradient, see `Checkpoint.error`), time."""
     def by_layer(kind, losses):
         terms = '  '.join(f'{layer} {loss / 1000:.2e}' for layer, loss in losses.items())
         return f'   {kind} {terms}' if losses else ''
@@ -3287,31 +3271,31 @@ def progress_line(number, evaluation, error, seconds):
 
 
 def lost_content(evaluation, options):
-    """What to say where the content is less than 1 % of the loss, or None; who asks for a weight below 1 has it so."""
+    """A warning if the content is less than 1 % of the loss; None if not, or if its weight is below 1 by choice."""
     content = sum(evaluation.content.values())
     if not style_term(options).patched or options.content_weight < 1 or not 0 < content < 0.01 * evaluation.total:
         return None
-    weight = options.content_weight * (evaluation.total / content - 1)  # would make it half of this loss
+    weight = options.content_weight * (evaluation.total / content - 1)  # makes it half of this loss
     return bold(f'WARNING: after the first phase the content is {100 * content / evaluation.total:.1g} % of the loss, '
                 f'and hardly to be seen. FIX: --content-weight={float(f"{weight:.0e}"):.0f}.')
 
 
 def handle_signals(handler):
-    """Have Ctrl-C and `docker stop` handled so."""
+    """Set the handler of Ctrl-C and `docker stop`."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
 
 def interrupt(number, frame):
-    """Signal handler: leave whatever runs, to save what there is, once."""
+    """Signal handler: raise KeyboardInterrupt, and ignore further signals while the image is saved."""
     handle_signals(signal.SIG_IGN)
-    raise KeyboardInterrupt(number)                                     # itself: a subclass Theano would wrap
+    raise KeyboardInterrupt(number)                                     # Theano would wrap a subclass
 
 
 class Signals:
-    """A block in which Ctrl-C and `docker stop` wait, but for the parts of it that are `heard`.
+    """A block that defers Ctrl-C and `docker stop` to its next part in `heard`, so that no write is cut short.
 
-    So nothing is left half written or half known. Handlers wait, not threads: those of OpenMP would get the signal.
+    They are deferred by the handler: if this thread blocked them, OpenMP's threads would receive them.
     """
 
     def __enter__(self):
@@ -3320,7 +3304,7 @@ class Signals:
         return self
 
     def __exit__(self, *_):
-        handle_signals(signal.SIG_IGN)                                  # what follows only saves
+        handle_signals(signal.SIG_IGN)                                  # the result is being saved
 
     def wait(self, number, frame):
         """Signal handler: remember the signal."""
@@ -3328,7 +3312,7 @@ class Signals:
 
     @contextlib.contextmanager
     def heard(self):
-        """A block that a signal, now or before, leaves by a KeyboardInterrupt."""
+        """A block in which a signal, new or deferred, raises KeyboardInterrupt."""
         try:
             handle_signals(interrupt)
             if self.waiting:
@@ -3340,10 +3324,10 @@ class Signals:
 
 # ---- engine in C++ ---------------------------------------------------------------------------------------------------
 
-# The same numbers as the formulas above, an order of magnitude cheaper on the CPU: two Theano Ops in C++. Images lie as
-# (H, W, C): the channels of a pixel are neighbours in memory, and all inner loops run over them.
+# Two Theano Ops in C++ with the results of the formulas above, an order of magnitude faster on the CPU. Images are
+# stored as (H, W, C): the channels of a pixel are contiguous, and all inner loops run over them.
 
-# What both Ops share. The product beats a BLAS on these narrow matrices, and needs neither its library nor its threads.
+# Shared by both Ops. `product` is faster than a BLAS on these narrow matrices, and needs no library or threads for it.
 COMMON = r'''
 #include <algorithm>
 #include <cmath>
@@ -3351,7 +3335,7 @@ COMMON = r'''
 #include <vector>
 #include <omp.h>
 
-#if defined(__AVX512F__)                                  /* floats in a register, and how many of these lie abreast */
+#if defined(__AVX512F__)                                  /* floats in a register; registers in a row of a block */
 enum { LANES = 16, ABREAST = 4 };
 #elif defined(__AVX__)
 enum { LANES = 8, ABREAST = 2 };
@@ -3368,7 +3352,7 @@ static inline void store(float *p, vec v) { *(vec *)p = v; }
 static inline vec larger(vec a, vec b) { return a > b ? a : b; }
 static inline long padded(long n) { return (n + 15) / 16 * 16; }
 
-/* R rows and C registers of the product, summed over the depth without leaving the registers */
+/* a block of R rows and C registers of the product, summed over the depth in registers */
 template <int R, int C>
 static inline void sums(long depth, const float *A, long lda, const float *B, long ldb, float *out, long ldo) {
     vec sum[R][C] = {};
@@ -3399,8 +3383,8 @@ static void product(long rows, long columns, long depth, const float *A, long ld
     }
 }
 
-/* Working memory, kept from call to call: to get fresh pages costs more than what is done in them. All Ops share it, by
-   its visibility, though each is a library of its own. */
+/* Working memory, kept between calls, since fresh pages cost more than the work in them. By its visibility all Ops
+   share it, though each is a library of its own. */
 __attribute__((visibility("default"))) inline float *workspace(size_t floats) {
     static std::vector<float> kept;
     if (kept.size() < floats + 16) {
@@ -3431,15 +3415,15 @@ static void *allocate(PyArrayObject **out, int ndim, npy_intp *shape, int type) 
     return PyArray_DATA(*out);
 }
 
-/* Whether a signal's handler raised. Work is done in pieces, which ask before they begin, so that Ctrl-C need not wait
-   for all of it: the first thread of a team is Python's own and may run its handlers. */
+/* Whether a signal handler raised an exception, so that the work is to be left. Asked before each piece of work; only
+   the first thread of a team, which is Python's, may run the handlers. */
 static volatile bool interrupted;
 static bool leave() {
     if (!interrupted && omp_get_thread_num() == 0 && PyErr_CheckSignals()) interrupted = true;
     return interrupted;
 }
 
-/* runs what may throw; false, with Python's exception set, where it did */
+/* calls f; false, with a Python exception set, if f threw or a signal handler raised */
 template <typename F>
 static bool guarded(F f) {
     interrupted = false;
@@ -3451,9 +3435,9 @@ static bool guarded(F f) {
 '''
 
 CONVOLUTION = r'''
-struct Picture { const float *data, *mask; long H, W, C, width; };    /* width: W before it is averaged */
+struct Picture { const float *data, *mask; long H, W, C, width; };    /* width: W before pooling */
 
-/* B^T d and A^T m of [LG15], on one column or row, whose elements are s apart */
+/* B^T d and A^T m of [LG15], on one column or row with a stride of s */
 static inline void spread(vec *d, int s) {
     vec p = d[4*s] - 4 * d[2*s], q = d[3*s] - 4 * d[s], r = d[4*s] - d[2*s], t = 2 * (d[3*s] - d[s]);
     d[0] = 4 * d[0] - 5 * d[2*s] + d[4*s];
@@ -3465,8 +3449,8 @@ static inline void gather(vec *m, int s) {
     m[0] += p + r; m[s] = q + 2 * t; m[2*s] = p + 4 * r; m[3*s] = q + 8 * t + m[5*s];
 }
 
-/* V (36, C) of the tile whose first pixel is (y, x): B^T d B of 6x6 pixels, which are zero outside the picture and
-   where the mask is not positive, and averages of 2x2 where pooled */
+/* V (36, C) of the tile whose first pixel is (y, x): B^T d B of 6x6 pixels, which are averages of 2x2 if POOL, and zero
+   outside the picture and where the mask is not positive */
 template <bool MASK, bool POOL>
 static void tile_in(const Picture &in, long y, long x, const float *zeros, float *V, long ldV) {
     const float *data[36], *mask[36];
@@ -3501,8 +3485,8 @@ static void tile_in(const Picture &in, long y, long x, const float *zeros, float
     }
 }
 
-/* The tile's 4x4 pixels of out from M (36, K): A^T m A, with the bias and rectified where there is one. Where `turn`,
-   a quarter of each goes to 2x2 pixels of an output of width `turn`, as the gradient of their average. */
+/* The tile's 4x4 pixels of out from M (36, K): A^T m A, with bias and rectifier if there is a bias. If turn is not 0, a
+   quarter of each goes to 2x2 pixels of an output of that width: the gradient of average pooling. */
 static void tile_out(const float *M, long ldM, const float *bias, long y, long x, long H, long W, long K, long turn,
                      float *out) {
     for (long k = 0; k < K; k += LANES) {
@@ -3533,8 +3517,8 @@ static void tile_out(const float *M, long ldM, const float *bias, long y, long x
     }
 }
 
-/* out (H, W, K) = the picture's convolution, a block of tiles at a time: few stay in cache, many pay for filters that
-   do not */
+/* out (H, W, K) = the picture's convolution, by blocks of tiles: small ones stay in cache, large ones need fewer reads
+   of filters that do not */
 template <bool MASK, bool POOL>
 static void convolve(const Picture &in, const float *U, const float *bias, float *out, long K, long turn) {
     long across = (in.W + 3) / 4, tiles = across * ((in.H + 3) / 4), threads = omp_get_max_threads();
@@ -3542,7 +3526,7 @@ static void convolve(const Picture &in, const float *U, const float *bias, float
     long C = padded(in.C), N = padded(K), zeros = padded((POOL ? in.width + 2 : 1) * in.C + LANES);
     long most = (C * N > 1 << 16 ? 96 : 24) * threads, blocks = (tiles + most - 1) / most * threads;
     long block = (tiles + blocks - 1) / blocks;
-    long ldV = block * C + 16, ldM = block * N + 16;                  /* 16 more, lest all fall into one cache set */
+    long ldV = block * C + 16, ldM = block * N + 16;                  /* 16 more: else all fall into one cache set */
     float *none = workspace(zeros + N + threads * 36 * (ldV + ldM)), *b = none + zeros, *space = b + N;
     std::fill(none, space, 0.f);
     if (bias) std::copy(bias, bias + K, b);
@@ -3581,7 +3565,7 @@ static void backward(PyArrayObject *gradient, PyArrayObject *output, PyArrayObje
         y.size(1) != W >> POOL || U.size(0) != 36 || U.size(1) != y.size(2) * padded(C))
         throw std::invalid_argument("Convolution: the gradient does not fit the picture or the filters");
     float *dx = (float *)allocate(out, 3, shape, NPY_FLOAT32);
-    for (long r = 0; POOL && r < H; r++)                              /* a row and a column that no average saw */
+    for (long r = 0; POOL && r < H; r++)                              /* an odd row and column, which pooling drops */
         if (H % 2 && r == H - 1) std::fill(dx + r * W * C, dx + (r + 1) * W * C, 0.f);
         else if (W % 2) std::fill(dx + ((r + 1) * W - 1) * C, dx + (r + 1) * W * C, 0.f);
     convolve<true, false>({dy, y, y.size(0), y.size(1), y.size(2), 0}, U, NULL, dx, C, POOL ? W : 0);
@@ -3589,7 +3573,7 @@ static void backward(PyArrayObject *gradient, PyArrayObject *output, PyArrayObje
 '''
 
 MATCHING = r'''
-enum { RING = 1 << 18 };                                              /* floats of products that a thread keeps */
+enum { RING = 1 << 18 };                                              /* most floats of products kept by a thread */
 
 /* B for product() from a row of w pixels of v, each a column */
 static void pack(const float *v, long w, long D, float *B) {
@@ -3599,13 +3583,12 @@ static void pack(const float *v, long w, long D, float *B) {
     }
 }
 
-/* The scores of a row of patches i with one of patches j, from the products P[y] (W, ld) of their rows of pixels. best,
-   match and a belong to the i, history, penalty and b to the j, of which `first` is the first; penalty ends in
-   infinity. */
+/* The scores of a row of patches i with a row of patches j, from the products P[y] (W, ld) of their rows of pixels.
+   best, match and a are by i; history, penalty and scale (b) by j, from `first` on; penalty is padded with infinity. */
 template <bool SCALED>
 static void score(const float *const *P, long W, long w, long ld, float *space, const float *penalty, long first,
                   float *best, npy_int64 *match, float *history, const float *a, const float *scale) {
-    float *column[3], *S = space + 3 * (ld + LANES);                  /* column: summed over y; S: and over x */
+    float *column[3], *S = space + 3 * (ld + LANES);                  /* sums over y; over y and x */
     for (int k = 0; k < 3; k++) column[k] = space + k * (ld + LANES);
     for (long x = 0; x < W; x++) {
         std::rotate(column, column + 1, column + 3);
@@ -3623,7 +3606,7 @@ static void score(const float *const *P, long W, long w, long ld, float *space, 
         }
         float most = top[0];
         for (int l = 1; l < LANES; l++) most = std::max(most, top[l]);
-        if (most >= best[x - 2]) {                                    /* seldom */
+        if (most >= best[x - 2]) {                                    /* rarely */
             npy_int64 j = first + (std::find(S, S + w - 3, most) - S);
             if (most > best[x - 2] || j < match[x - 2]) match[x - 2] = j;
             best[x - 2] = most;
@@ -3631,9 +3614,9 @@ static void score(const float *const *P, long W, long w, long ld, float *space, 
     }
 }
 
-/* Pairs of pixel rows, y of u and a of v, with the same y - a make a diagonal. The scores of two rows of patches need
-   the products of three pairs that follow on a diagonal: going along it, each product is made once and three are kept.
-   A thread takes G diagonals at a time. */
+/* A diagonal is all pairs of pixel rows, y of u and a of v, with one y - a. The scores of two rows of patches need the
+   products of three consecutive pairs of a diagonal: along it each is computed once, and the last three are kept in a
+   ring. A thread takes G diagonals at a time. */
 template <bool SCALED>
 static void match(const float *u, long H, long W, const float *v, long h, long w, long D, const float *penalty,
                   const float *a_of, const float *b_of, npy_int64 *matches, float *history) {
@@ -3729,7 +3712,7 @@ def guarded(program, arguments):
     except OSError as error:
         problem = f'{error.filename or "A file"}: {error.strerror or one_line(error)}.'
         fix = 'check the disk and its permissions'
-    except Exception as error:  # Theano's convolutions and libgpuarray have errors of their own for a lack of memory
+    except Exception as error:  # Theano and libgpuarray have their own errors for a lack of memory
         if not isinstance(error, MemoryError) and not re.search('out of memory|failed to alloc', str(error), re.I):
             raise
         problem, fix = 'There is not enough memory.', 'a smaller --max-size; on a GPU also more --slices'
