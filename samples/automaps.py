@@ -3,17 +3,17 @@
 
     python3 samples/automaps.py ME.jpg YOU.jpg [--parts=6]
 
-paints ``ME_sem.png`` and ``YOU_sem.png``, each with a preview, ``ME_sem_preview.jpg``, to see it over its picture, and
-shows the previews. No file that is there is overwritten: where one of the maps is painted already, the other gets its
-parts and colours. ``doodle.py --auto-maps=6`` does the same before it reads the maps.
+paints ``ME_sem.png`` and ``YOU_sem.png``, each with a preview over its picture, ``ME_sem_preview.jpg``, and shows the
+previews. Existing files are not overwritten: if one of the maps is there, the other gets its parts and colours.
+``doodle.py --auto-maps=6`` does the same before it reads the maps.
 
 Each picture is cut into superpixels (SLIC [A12]), which are described by features of VGG at conv4_1 and conv5_1, by
-colours, by their height in the picture, and by geodesic distances to its four borders, which tell what stands in front
-from what lies behind (geodesic saliency [W12]). Features and colours count about their mean in each picture, since
-pictures differ in light and style. The superpixels of both pictures together are cut in two, again and again, at the
-first fork of Ward's tree [W63] of which both pictures have both branches: so every part is in both maps. Where nothing
-is left to cut, parts are cut by their features alone, down to details: eyes from skin. Where one map is painted, a
-superpixel of the other picture is of the class whose three nearest superpixels are nearest.
+colours, by their height in the picture, and by geodesic distances to its four borders, which separate foreground from
+background (geodesic saliency [W12]). Features and colours are centred in each picture, since pictures differ in light
+and style. The superpixels of both pictures together are cut in two repeatedly, at the first fork of Ward's tree [W63]
+whose branches both occur in both pictures, so that every part is in both maps. When no part can be cut any more, parts
+are cut by features alone, down to details: eyes from skin. If one map is painted, a superpixel of the other picture
+takes the class with the least mean distance to its three nearest superpixels.
 
     [W63]   Ward: Hierarchical Grouping to Optimize an Objective Function. JASA 58
     [A12]   Achanta, Shaji, Smith, Lucchi, Fua, Suesstrunk: SLIC Superpixels. PAMI 34
@@ -22,7 +22,7 @@ superpixel of the other picture is of the class whose three nearest superpixels 
 import os
 import sys
 
-if __name__ == '__main__':                                              # the command: --help answers before all below
+if __name__ == '__main__':                                              # the command: --help needs no imports
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 else:                                                                   # the module: loaded by doodle.import_automaps
     import numpy as np
@@ -34,10 +34,10 @@ else:                                                                   # the mo
     from skimage import color, segmentation
 import doodle
 
-# What tells parts apart, and its weight: features, colours, the way to the four borders, height in the picture.
+# Weights in the descriptors of superpixels: features, colours, distances to the four borders, height in the picture.
 MAP_WEIGHTS = {'4_1': 0.5, '5_1': 0.7, 'colour': 0.3, 'borders': 1.0, 'height': 0.5}
 MAP_SIDE, MAP_SEGMENTS = 384, 600                                     # longest side, superpixels
-MAP_LEAST = 0.03, 0.002                                               # of both pictures: a main part, a detail
+MAP_LEAST = 0.03, 0.002                                               # share of both pictures: a main part, a detail
 
 
 def preview_path(path):
@@ -46,7 +46,7 @@ def preview_path(path):
 
 
 def missing_maps(options):
-    """Where maps are to be painted, a list of paths; UserError where that cannot be done."""
+    """The paths of the maps to paint; UserError if they cannot be painted."""
     if not options.content or not options.semantic_weight or not options.semantic_ext.lower().endswith('.png'):
         raise doodle.UserError('--auto-maps needs a content picture, maps that are read, and maps that end in .png.',
                         'add --content, leave out --semantic-weight=0 or --method, or let --semantic-ext end in .png')
@@ -60,8 +60,7 @@ def missing_maps(options):
 
 
 def map_colours(count):
-    """(count, 3) uint8: of the colours with a channel at 255 and the others at 0, 128 or 255, each the one whose
-    direction is farthest from those before."""
+    """Colours (count, 3) uint8, each with the direction farthest from those before; channels are 0, 128 or 255."""
     colours = np.array([colour for colour in np.ndindex(3, 3, 3) if max(colour) == 2]) * 127.5
     directions = colours / np.linalg.norm(colours, axis=1, keepdims=True)
     chosen = [1]                                                        # (0, 0, 255)
@@ -71,14 +70,14 @@ def map_colours(count):
 
 
 def scaled(X):
-    """`X` (n, d) about its mean, with vectors of length one on average (root mean square)."""
+    """`X` (n, d), centred, and scaled to vectors of length one (root mean square)."""
     X = X - X.mean(axis=0)
     return X / max(np.sqrt((X ** 2).sum(axis=1).mean()), 1e-12)
 
 
 def segment_means(segments, values):
     """Means of `values` (h, w, C), brought to the size of `segments` (H, W), over each of the segments, (n, C)."""
-    count, segments = segments.max() + 1, segments[::2, ::2]            # every other pixel tells enough
+    count, segments = segments.max() + 1, segments[::2, ::2]            # every other pixel is enough
     values = doodle.resized(np.float32(values), segments.shape[::-1], Image.BILINEAR).reshape(segments.size, -1)
     cover = sparse.csr_matrix((np.ones(segments.size), (segments.ravel(), np.arange(segments.size))),
                               (count, segments.size))
@@ -86,10 +85,9 @@ def segment_means(segments, values):
 
 
 def border_ways(segments, X):
-    """How much changes on the best way from each segment to the four borders, (n, 4): geodesic distances.
+    """Geodesic distances (n, 4) of each segment from the four borders [W12].
 
-    A step between neighbours costs what it is above 0.7 of the median: within a part there is nothing to pay, however
-    long the way. The idea is from geodesic saliency, Wei, Wen, Zhu, Sun (2012).
+    A step between neighbours costs its length less 0.7 of the median, so that paths within a part cost almost nothing.
 
     Parameters
     ----------
@@ -110,10 +108,7 @@ def border_ways(segments, X):
 
 
 def describe(pictures, weights, fast):
-    """Both pictures cut into superpixels, and what is known of each.
-
-    Features and colours are taken about their mean in each picture, since pictures differ in light and style.
-
+    """Cut both pictures into superpixels, and compute the descriptor of each.
     Parameters
     ----------
     pictures : list of two (H, W, 3) uint8 arrays
@@ -124,11 +119,11 @@ def describe(pictures, weights, fast):
     Returns
     -------
     segments : list of two (h, w) int arrays
-        Superpixels by SLIC, Achanta et al. (2012), numbered on through both pictures.
+        Superpixels by SLIC [A12]; the numbers of the second picture follow those of the first.
     X : (n, d) array
-        All that `MAP_WEIGHTS` names.
+        Descriptors, of all that `MAP_WEIGHTS` names.
     f : (n, e) array
-        The network's part of it: 32 principal components of each layer.
+        Their part from the network: 32 principal components of each layer.
     """
     names = [name for name in weights.layers if name in MAP_WEIGHTS] or list(weights.layers)[-1:]
     x = doodle.T.tensor3('x')
@@ -157,9 +152,9 @@ def describe(pictures, weights, fast):
 
 
 def shared_split(X, shares, least):
-    """Cut a part in two, each of which both pictures have.
+    """Cut a part into two halves that both occur in both pictures.
 
-    Goes down Ward's tree to the first such fork; branches that only one picture has go with the nearer of the two.
+    Descends Ward's tree to the first such fork; branches of one picture only, on the way, join the nearer half.
 
     Parameters
     ----------
@@ -172,7 +167,7 @@ def shared_split(X, shares, least):
     Returns
     -------
     gain : float
-        By how much the cut lowers the sum of squares; 0 where there is none.
+        Decrease of the sum of squares; 0 if there is no cut.
     side : (n,) bool array
     """
     n, left, side = len(X), [], np.zeros(len(X), dtype=bool)
@@ -196,10 +191,10 @@ def shared_split(X, shares, least):
 
 
 def joint_parts(X, f, shares, count):
-    """Part of each superpixel, 0 .. count - 1, by cutting again and again what both pictures have.
+    """Part of each superpixel, 0 .. count - 1, by repeated `shared_split`.
 
-    First the part whose cut lowers the sum of squares the most, by all that is known. When no part can be cut any more
-    the most detailed one is, by its features alone and about their mean in each picture: eyes from skin.
+    First, by whole descriptors, the part whose cut lowers the sum of squares the most; when no part can be cut any
+    more, by features centred in each picture, the one with the largest decrease per superpixel: eyes from skin.
 
     Parameters
     ----------
@@ -231,18 +226,15 @@ def joint_parts(X, f, shares, count):
 
 
 def painted_parts(segments, X, painted, k):
-    """Parts of the superpixels as in a painted map (H, W, 3) of picture `k`, and the colours of these parts.
-
-    A superpixel is of the class whose three nearest examples are nearest.
-    """
+    """Parts of the superpixels as in a painted map (H, W, 3) of picture `k`, and the colours of these parts."""
     colours, nearest = np.unique(doodle.colour_codes(doodle.resized(painted, segments[k].shape[::-1], Image.NEAREST)),
                                  return_inverse=True)
     colours, nearest = doodle.code_colours(colours), nearest.reshape(segments[k].shape)     # (K, 3), (h, w)
     own = np.unique(segments[k])
     cover = segment_means(segments[k] - own[0], np.eye(len(colours))[nearest])              # (n, K)
     classes = cover.argmax(axis=1)
-    best, seen = cover.argmax(axis=0), cover.any(axis=0)                # the smallest have an example, too, where
-    classes[best[seen]] = np.flatnonzero(seen)                          # no other of them has the same
+    best, seen = cover.argmax(axis=0), cover.any(axis=0)                # a class that is largest in no superpixel has
+    classes[best[seen]] = np.flatnonzero(seen)                          # that in which its own share is largest
     used = np.unique(classes)
     distances = [np.sort(distance.cdist(X, X[own][classes == c]), axis=1)[:, :3].mean(axis=1) for c in used]
     return used[np.argmin(distances, axis=0)], np.uint8(colours)
@@ -303,7 +295,7 @@ def paint_maps(options, pictures, maps, weights, fast):
 # ---- command ---------------------------------------------------------------------------------------------------------
 
 def parse_options(arguments):
-    """The command line as options of doodle.py, of which the names, defaults and meanings are."""
+    """The command line as options of doodle.py, with its names, defaults and meanings."""
     parser = doodle.Parser(prog='automaps.py', description='Paint the maps of two pictures that are missing.')
     parser.add_argument('content', type=doodle.parse_path, metavar='ME', help='a picture')
     parser.add_argument('style', type=doodle.parse_path, metavar='YOU', help='another, with the same parts')
@@ -325,7 +317,7 @@ def run(arguments):
     doodle.import_pillow()
     automaps = doodle.import_automaps()                                 # this file as a module
     if automaps.missing_maps(options):
-        known = automaps.read_known(options)                            # refused before the network is fetched
+        known = automaps.read_known(options)                            # input errors come before the download
         weights, remarks = doodle.find_weights(options)
         for line in remarks:
             doodle.say(f'  - {line}')

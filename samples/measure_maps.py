@@ -2,9 +2,9 @@
 
     python samples/measure_maps.py astronaut.png hopper.png [--parts=4,6,8] [--weights=PATH]
 
-Prints for each number of parts the adjusted Rand index within each picture, and the agreement across both ways: the
-share of the second picture's area whose automatic label is the one that most of the same painted part has in the first.
-The baseline are k-means on the colours of each picture alone, with labels matched by the nearest colour.
+Prints for each number of parts the adjusted Rand index within each picture, and the agreement between them, both ways:
+the share of one picture's area whose automatic label is the majority label of the same painted part in the other one.
+The baseline is k-means on the colours of each picture alone, with labels matched by the nearest colour.
 """
 import argparse
 import os
