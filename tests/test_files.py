@@ -288,6 +288,7 @@ def test_a_third_run_takes_a_third_folder(doodle, tmp_path):  # fault 9
 
 # ---- matching --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_more_slices_than_patches_give_the_same_losses(texture, painted):  # fault 7
     sliced = painted(*TEXTURE, '--slices=1000', '--iterations=1', '--output=sliced.png')
     assert sliced.log[0]['total'] == pytest.approx(texture.log[0]['total'], rel=1e-5)

@@ -250,8 +250,9 @@ def test_a_seed_is_known_by_its_pixels(painted):
 
 
 @pytest.mark.parametrize('left, kept', [
-    (lambda lines: lines, 10), (lambda lines: lines[:8] + [b'{"phase": 0, "eva'], 7), (lambda lines: [], 0),
-    (lambda lines: [b'[1]\n', b'of another program\n'], 0), (lambda lines: lines[:1] + lines[11:], 0)])
+    (lambda lines: lines[:8] + [b'{"phase": 0, "eva'], 7), (lambda lines: [], 0), *mostly_slow([
+        (lambda lines: lines, 10), (lambda lines: [b'[1]\n', b'of another program\n'], 0),
+        (lambda lines: lines[:1] + lines[11:], 0)])])
 def test_the_log_has_each_evaluation_once_whatever_was_in_it(painted, left, kept):
     whole = painted('--random-seed=3').log
     with pytest.raises(Killed):
