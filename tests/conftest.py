@@ -23,7 +23,8 @@ settings.load_profile('doodle')
 
 def mostly_slow(values, *quick):
     """Parameters of a test, all slow but the `quick` ones."""
-    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    return [value if value in quick else
+            pytest.param(*(value if isinstance(value, tuple) else [value]), marks=pytest.mark.slow) for value in values]
 
 
 class NoNetwork:

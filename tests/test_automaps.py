@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import mostly_slow
+
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / 'samples'
 sys.path.insert(0, str(SAMPLES))
@@ -49,6 +51,7 @@ def test_faces_agree_far_better_than_by_colours(doodle, tool, faces, found):
     assert there + back > by_there + by_back + 2 * 0.25
 
 
+@pytest.mark.slow
 def test_maps_are_repeated_and_every_part_is_in_both(doodle, automaps, faces, found):
     again = automaps.automatic_maps(faces[0], [None, None], 6, faces[2], True)
     assert all((a == b).all() for a, b in zip(found, again))
@@ -57,7 +60,7 @@ def test_maps_are_repeated_and_every_part_is_in_both(doodle, automaps, faces, fo
     assert [colours.shape for colours in found] == [picture.shape for picture in faces[0]]
 
 
-@pytest.mark.parametrize('k', [0, 1])
+@pytest.mark.parametrize('k', mostly_slow([0, 1], 0))
 def test_one_painted_map_is_completed(doodle, automaps, tool, faces, k):
     """In its own colours; 0.71 and 0.48 of the area are as painted, and 0.37 by calling all background."""
     pictures, painted, weights = faces

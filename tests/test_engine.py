@@ -109,6 +109,7 @@ def test_cores_are_those_of_the_cpu_set_and_the_cgroup(doodle, monkeypatch, file
     assert doodle.allowed_cores() == cores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('evaluations, choices', [
     (60, ['--slices=3']), (12, ['--rotations=1']), (20, ['--method=li-wand', '--rotations=0', '--scales=1'])])
 def test_a_whole_run_is_that_of_the_plain_formulas(doodle, tmp_path, evaluations, choices):

@@ -201,6 +201,7 @@ def test_the_last_line_tells_time_error_device_and_file(texture):
 FACES = ['--style=face_style.png', '--content=face_content.png', '--phases=2', '--save-every=0']
 
 
+@pytest.mark.slow
 def test_a_content_that_hardly_counts_is_told_once_with_a_weight_that_helps(painted, faces):
     lost = painted(*COMMON, *FACES, '--iterations=2', '--style-weight=5000')
     warning, = (line for line in lost.lines if 'WARNING' in line)
@@ -289,6 +290,7 @@ def test_a_third_run_takes_a_third_folder(doodle, tmp_path):  # fault 9
 
 # ---- matching --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_more_slices_than_patches_give_the_same_losses(texture, painted):  # fault 7
     sliced = painted(*TEXTURE, '--slices=1000', '--iterations=1', '--output=sliced.png')
     assert sliced.log[0]['total'] == pytest.approx(texture.log[0]['total'], rel=1e-5)

@@ -23,7 +23,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import ROOT, NoNetwork
+from conftest import ROOT, NoNetwork, mostly_slow
 
 SIZE = 64, 48                                                                           # width, height
 
@@ -221,7 +221,8 @@ def pictures(tmp_path):
     return paths
 
 
-@pytest.mark.parametrize('role, kind, make, refused', ENTRIES, ids=IDS)
+@pytest.mark.parametrize('role, kind, make, refused', mostly_slow(
+    ENTRIES, *(entry for entry in ENTRIES if entry[0] in ('style', 'style_map'))), ids=IDS)
 def test_table(paint, pictures, tmp_path, role, kind, make, refused):
     path = pictures[role]
     path.unlink()

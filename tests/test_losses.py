@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 import twin
+from conftest import mostly_slow
 from test_twin import thin_weights
 
 
@@ -78,7 +79,7 @@ def test_smoothness_loss(doodle, shape, power):
     np.testing.assert_allclose(gradient, slope, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize('kind', ['vgg19', 'vgg16'])
+@pytest.mark.parametrize('kind', mostly_slow(['vgg19', 'vgg16'], 'vgg16'))
 @pytest.mark.parametrize('method, power', [('champandard', 1.25), ('li-wand', 1), ('gatys', 1.25)])
 def test_a_method_is_the_sum_of_its_terms(doodle, method, power, kind):
     """Every term at an image, and the gradient of all, is the twin's, with the matches that were found.

@@ -344,6 +344,7 @@ def test_theano_takes_the_flags():
     assert config == "('cpu', None)\nfast_compile float32 cpu True\n"
 
 
+@pytest.mark.slow
 def test_the_headers_are_read_once(tmp_path):
     python('import doodle, os\n'
            'doodle.import_pillow()\n'

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import kill
-from conftest import ROOT, NoNetwork
+from conftest import ROOT, NoNetwork, mostly_slow
 from golden_data import FOLDER
 from test_matching import brute_force
 
@@ -96,7 +96,8 @@ def numbers(log):
 
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('last, kept', [(3, 0), (5, 5), (9, 5), (17, 15), (20, 20), (23, 20), (39, 35)])
+@pytest.mark.parametrize('last, kept', mostly_slow(
+    [(3, 0), (5, 5), (9, 5), (17, 15), (20, 20), (23, 20), (39, 35)], (3, 0), (9, 5), (20, 20)))
 def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(painted, last, kept):
     whole = painted('--random-seed=3', '--frames=others')
     result = open('o.png', 'rb').read()
@@ -115,7 +116,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(painted, last, kept):
     assert not os.path.exists(CHECKPOINT) and os.path.exists('o.png')
 
 
-@pytest.mark.parametrize('error', [Killed, KeyboardInterrupt])
+@pytest.mark.parametrize('error', mostly_slow([Killed, KeyboardInterrupt], Killed))
 def test_a_run_stopped_again_and_again_has_every_evaluation_once(painted, error):
     whole = painted('--random-seed=3').log[1:]
     for _ in range(5):
@@ -124,7 +125,7 @@ def test_a_run_stopped_again_and_again_has_every_evaluation_once(painted, error)
     assert painted('--resume', '--random-seed=3').log[1:] == whole
 
 
-@pytest.mark.parametrize('number', [0, 13, 20, 30])
+@pytest.mark.parametrize('number', mostly_slow([0, 13, 20, 30], 13))
 def test_a_signal_when_matches_are_new_and_the_loss_is_not_known_leaves_neither(painted, number):
     whole = painted('--random-seed=3')
     stopped = painted('--random-seed=3', after={number: lambda: signal.raise_signal(signal.SIGTERM)})
@@ -133,7 +134,7 @@ def test_a_signal_when_matches_are_new_and_the_loss_is_not_known_leaves_neither(
     assert again.log[1:] == whole.log[1:] and again.history == whole.history[number:]
 
 
-@pytest.mark.parametrize('number', [10, 20, 35])
+@pytest.mark.parametrize('number', mostly_slow([10, 20, 35], 10))
 def test_divergence_is_resumed_like_anything_else(painted, number):
     diverge = {number: lambda: np.nan}                                  # where a checkpoint was, and is again
     whole = painted('--random-seed=3', at=diverge)
@@ -204,8 +205,9 @@ UNUSED_BY_TEXTURE = [
     ([], ['--content-weight=3', '--content-layers=3_1,4_1', '--max-size=200'])]
 
 
-@pytest.mark.parametrize('given, then, now', [(FACES, *pair) for pair in UNUSED] +
-                         [(TEXTURE, *pair) for pair in UNUSED_BY_TEXTURE])
+@pytest.mark.parametrize('given, then, now', mostly_slow(
+    [(FACES, *pair) for pair in UNUSED] + [(TEXTURE, *pair) for pair in UNUSED_BY_TEXTURE],
+    (FACES, *UNUSED[0]), (FACES, *UNUSED[3]), (TEXTURE, *UNUSED_BY_TEXTURE[2])))
 def test_an_option_that_changes_nothing_in_this_run_may_differ(painted, given, then, now):
     with pytest.raises(Killed):
         painted('--random-seed=7', *then, given=given, at={12: stop(Killed)})
@@ -230,8 +232,9 @@ def test_a_seed_is_known_by_its_pixels(painted):
 
 
 @pytest.mark.parametrize('left, kept', [
-    (lambda lines: lines, 10), (lambda lines: lines[:8] + [b'{"phase": 0, "eva'], 7), (lambda lines: [], 0),
-    (lambda lines: [b'[1]\n', b'of another program\n'], 0), (lambda lines: lines[:1] + lines[11:], 0)])
+    (lambda lines: lines[:8] + [b'{"phase": 0, "eva'], 7), (lambda lines: [], 0), *mostly_slow([
+        (lambda lines: lines, 10), (lambda lines: [b'[1]\n', b'of another program\n'], 0),
+        (lambda lines: lines[:1] + lines[11:], 0)])])
 def test_the_log_has_each_evaluation_once_whatever_was_in_it(painted, left, kept):
     whole = painted('--random-seed=3').log
     with pytest.raises(Killed):
@@ -313,7 +316,7 @@ def test_an_interruption_leaves_a_checkpoint_of_all_that_was_done(painted):
     assert len(painted('--resume').asked) == 27
 
 
-@pytest.mark.parametrize('where', ['write_log', 'write_picture', 'keep'])
+@pytest.mark.parametrize('where', mostly_slow(['write_log', 'write_picture', 'keep'], 'write_log'))
 def test_a_signal_between_evaluations_waits_until_all_know_of_the_last(doodle, painted, monkeypatch, where):
     whole, calls, owner = painted('--random-seed=3'), [], doodle if where == 'write_picture' else doodle.Journal
     function = getattr(owner, where)

@@ -47,7 +47,8 @@ def test_make_fixtures():
     assert made == SHA256
 
 
-@pytest.mark.parametrize('name', mostly_slow(RUNS, 'fake/layer31'))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', RUNS)
 def test_golden_run(name):
     r = run(name)
     t, i = twin_of(r, original=True)
