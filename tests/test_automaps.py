@@ -60,7 +60,7 @@ def test_maps_are_repeated_and_every_part_is_in_both(doodle, automaps, faces, fo
     assert [colours.shape for colours in found] == [picture.shape for picture in faces[0]]
 
 
-@pytest.mark.parametrize('k', mostly_slow([0, 1], 0))
+@pytest.mark.parametrize('k', mostly_slow([0, 1]))
 def test_one_painted_map_is_completed(doodle, automaps, tool, faces, k):
     """In its own colours; 0.71 and 0.48 of the area are as painted, and 0.37 by calling all background."""
     pictures, painted, weights = faces
@@ -245,6 +245,7 @@ def test_a_broken_map_and_too_little_memory_are_told_before_the_network_is_loade
 TOOL = SAMPLES / 'automaps.py'
 
 
+@pytest.mark.slow
 def test_the_command_paints_what_is_missing_and_keeps_the_rest(doodle, tmp_path):
     copied(tmp_path, *FACES)
     command = TOOL, *FACES, '--parts=4', '--network=vgg16', '--semantic-ext=_map.png'

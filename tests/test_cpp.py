@@ -17,6 +17,7 @@ import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 
 import twin
+from conftest import mostly_slow
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = r'''
@@ -65,7 +66,7 @@ def shared_object(name):
     return subprocess.check_output(['g++', f'-print-file-name={name}'], text=True).strip()
 
 
-@pytest.mark.parametrize('processor', PROCESSORS)
+@pytest.mark.parametrize('processor', mostly_slow(PROCESSORS, 'native'))
 def test_the_code_has_no_warnings_stays_within_its_memory_and_is_right(doodle, tmp_path, processor):
     source, library = tmp_path / 'engine.cpp', tmp_path / 'engine.so'
     code = doodle.COMMON + doodle.CONVOLUTION + doodle.MATCHING
