@@ -3280,9 +3280,14 @@ def lost_content(evaluation, options):
                 f'and hardly to be seen. FIX: --content-weight={float(f"{weight:.0e}"):.0f}.')
 
 
+# Ctrl-C, `docker stop`, and a terminal that closes; what the caller has ignored stays so, as by nohup.
+SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+           if signal.getsignal(number) != signal.SIG_IGN]
+
+
 def handle_signals(handler):
-    """Set the handler of Ctrl-C and `docker stop`."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Set the handler of `SIGNALS`."""
+    for number in SIGNALS:
         signal.signal(number, handler)
 
 
@@ -3293,7 +3298,7 @@ def interrupt(number, frame):
 
 
 class Signals:
-    """A block that defers Ctrl-C and `docker stop` to its next part in `heard`, so that no write is cut short.
+    """A block that defers `SIGNALS` to its next part in `heard`, so that no write is cut short.
 
     They are deferred by the handler: if this thread blocked them, OpenMP's threads would receive them.
     """

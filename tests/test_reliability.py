@@ -41,7 +41,7 @@ def painted(doodle, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for path in FOLDER.glob('face*.png'):
         shutil.copy(path, tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in doodle.SIGNALS}
 
     def painted(*arguments, given=FACES, at={}, after={}):
         seen = SimpleNamespace(asked=[], history=[], phase=None)
