@@ -45,6 +45,7 @@ import bz2
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import fnmatch
 import functools
@@ -61,6 +62,7 @@ import os
 import pickle
 import pwd
 import re
+import resource
 import secrets
 import shlex
 import shutil
@@ -1488,17 +1490,23 @@ def find_weights(options):
 
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
+def text_of(path):
+    """The text of a file of the kernel's."""
+    with open(path) as file:
+        return file.read()
+
+
 def cgroup(kind, unified, *legacy):
     """Yield the numbers in the file `unified` (v2) or files `legacy` (v1) of this process's cgroup and its parents."""
     lines = []
-    with contextlib.suppress(OSError), open('/proc/self/cgroup') as file:
-        lines = [line.rstrip('/\n').split(':', 2) for line in file]
+    with contextlib.suppress(OSError):
+        lines = [line.rstrip('/').split(':', 2) for line in text_of('/proc/self/cgroup').splitlines()]
     for _, kinds, path in lines:                                        # in a container the path is /
         folder, files = (f'/{kind}', legacy) if kinds else ('', [unified])
         for depth in range(path.count('/') + 1 if kind in kinds.split(',') or not kinds else 0):
             with contextlib.suppress(OSError, ValueError):              # no such file; 'max', which is no number
                 above = path.rsplit('/', depth)[0]
-                texts = [open(f'/sys/fs/cgroup{folder}{above}/{file}').read() for file in files]
+                texts = [text_of(f'/sys/fs/cgroup{folder}{above}/{file}') for file in files]
                 yield [int(number) for number in ' '.join(texts).split()]
 
 
@@ -1510,8 +1518,7 @@ def allowed_cores():
 
 def memory_limit():
     """Bytes available to this process: the machine's free memory and swap, or less by the limit of a cgroup."""
-    with open('/proc/meminfo') as file:
-        free = dict(re.findall(r'(\w+): +(\d+) kB', file.read()))
+    free = dict(re.findall(r'(\w+): +(\d+) kB', text_of('/proc/meminfo')))
     limits = cgroup('memory', 'memory.max', 'memory.limit_in_bytes')
     return min([1024 * (int(free['MemAvailable']) + int(free['SwapFree']))] + [limit for limit, in limits])
 
@@ -1671,9 +1678,24 @@ class NoProps(tuple):
 
 def prepare_process():
     """Set the number of threads, which BLAS reads when NumPy is imported, and how glibc frees memory."""
-    os.environ.setdefault('OMP_NUM_THREADS', str(allowed_cores()))
+    threads = os.environ.get('OMP_NUM_THREADS') or str(allowed_cores())
+    found = re.fullmatch(r'\s*0*([1-9]\d{0,2})\s*(,.*)?', threads, re.ASCII)   # '2,1': loops within loops
+    if not found:
+        raise UserError(f'OMP_NUM_THREADS={threads!r} is not a number of threads from 1 to 999.',
+                        'correct it, or unset it')
+    os.environ['OMP_NUM_THREADS'] = found[1]                            # NumPy and Theano take a single number
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')                 # idle threads sleep, and do not spin
     return_freed_memory()
+
+
+def allow_files():
+    """Let 1024 files be open at once, or as many as may be; 64 are needed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 1024 if hard == resource.RLIM_INFINITY else min(hard, 1024)
+    if most < 64:
+        raise UserError(f'Only {most} files may be open at once.', 'raise it: ulimit -n 1024')
+    if 0 <= soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def return_freed_memory():
@@ -1752,7 +1774,7 @@ def described(device):
         return '`cpu`'
     gpu, driver = theano.gpuarray.get_context(None), ''
     with contextlib.suppress(OSError):
-        driver = ', driver ' + re.search(r'\d+\.[\d.]+', open('/proc/driver/nvidia/version').read()).group()
+        driver = ', driver ' + re.search(r'\d+\.[\d.]+', text_of('/proc/driver/nvidia/version')).group()
     return f'`{device}` ({gpu.devname}, {gpu.total_gmem / 1e9:.1f} GB{driver})'
 
 
@@ -2841,7 +2863,7 @@ def check_files(options, places):
     check_written(options, places, read)
     lost = [(flag, path) for flag, path in (('--frames', options.frames if options.save_every else None),
                                             ('--log', options.log))
-            if path and mounts() is not None and not mount_of(path)]
+            if path and mounts() is not None and not mount_of(path) and not is_special(path)]
     return [bold(f'WARNING: {flag} {path!r} is on no mounted folder, and is lost with the container. '
                  f'FIX: -v "$PWD:/nd", or another {flag}.') for flag, path in lost]
 
@@ -2855,6 +2877,10 @@ def check_written(options, places, read):
             raise UserError(f'{flag} {path!r} is one of the inputs and would overwrite it.', f'choose another {flag}')
         if os.path.isdir(path):
             raise UserError(f'{flag} {path!r} is a folder.', 'add a file name to it')
+        if is_special(path):
+            if flag != '--log' or not is_stream(path):
+                raise UserError(f'{flag} {path!r} is not a file.', f'choose another {flag}')
+            continue
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(path)                                               # a name may be too long
         folders[flag] = os.path.dirname(path) or '.'
@@ -2864,6 +2890,50 @@ def check_written(options, places, read):
     for flag, folder in folders.items():
         if os.path.isdir(folder) or not options.check:                  # --check creates nothing
             check_folder(folder, flag, f'choose another {flag}')
+
+
+def is_special(path):
+    """Whether `path` is a pipe, a device or a socket."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def is_stream(path):
+    """Whether what is no file takes a log: a pipe, a terminal, /dev/null or /dev/full, and no other device."""
+    found = os.stat(path)
+    return stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode) and (
+        os.major(found.st_rdev) in (4, 5, *range(136, 144)) or
+        found.st_rdev in (os.makedev(1, 3), os.makedev(1, 7)))
+
+
+def open_log(path, at):
+    """Open a log: at the end of its lines before `at`, if there are any, and without waiting for a reader.
+
+    Returns
+    -------
+    log : io.FileIO
+        To a pipe or terminal that takes no more it writes nothing, and returns None.
+    old : int
+        Bytes of the lines that were kept.
+    """
+    for number in (1, 2) if os.path.isfile(path) else ():
+        with contextlib.suppress(OSError):                              # it may be closed
+            if os.path.samestat(os.stat(path), os.fstat(number)):       # /dev/stdout, a file: to share its position
+                return open(os.dup(number), 'wb', buffering=0), 0
+    if is_special(path):
+        try:
+            log = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            log = os.open(path, os.O_RDWR | os.O_NONBLOCK)              # a FIFO that nobody reads yet
+        return open(log, 'wb', buffering=0), 0
+    old = 0
+    if at.number and os.path.isfile(path):
+        with open(path, 'rb') as file:
+            old = sum(map(len, itertools.takewhile(lambda line: is_before(line, at), file)))
+    log = open(path, 'ab' if old else 'wb', buffering=0)
+    log.truncate(old)
+    return log, old
 
 
 def check_folder(folder, flag, fix):
@@ -3077,6 +3147,9 @@ def is_before(line, at):
     return False
 
 
+WAITING = 16 << 20                                                     # bytes of a log that its reader may let wait
+
+
 class Journal:
     """The output of a run: lines, progress bar, frames, log, checkpoints, result.
 
@@ -3094,15 +3167,10 @@ class Journal:
     def __init__(self, options, places, size, at):
         self.options, self.places, self.size, self.saved, self.told = options, places, size, None, set()
         self.bar = tqdm(total=options.phases * options.iterations, initial=at.number, disable=None, leave=False)
-        self.log, self.unwritten, old = None, b'', 0
-        if at.number and options.log and os.path.isfile(options.log):
-            with open(options.log, 'rb') as file:
-                old = sum(map(len, itertools.takewhile(lambda line: is_before(line, at), file)))
+        self.log, self.unwritten = None, b''
         if options.log:
-            self.log = open(options.log, 'ab' if old else 'wb', buffering=0)
-            if old:
-                self.log.truncate(old)
-            else:
+            self.log, old = open_log(options.log, at)
+            if not old:
                 self.write_log(at.header)
 
     @contextlib.contextmanager
@@ -3158,12 +3226,35 @@ class Journal:
         self.bar.update()
 
     def write_log(self, entry):
-        """Append one line of JSON, after those that could not be written before."""
+        """Append one line of JSON, after those that could not be written before, of which 16 MB wait."""
         if self.log:
-            self.unwritten += json.dumps(entry).encode() + b'\n'
-            with self.spared(self.options.log):
-                while self.unwritten:
-                    self.unwritten = self.unwritten[self.log.write(self.unwritten):]
+            line = json.dumps(entry).encode() + b'\n'
+            if len(self.unwritten) + len(line) <= WAITING:
+                self.unwritten += line
+            else:
+                self.lose_lines()
+            self.write_on()
+
+    def write_on(self):
+        """Write what waits for the log, or as much as its reader takes now."""
+        with self.spared(self.options.log):
+            while self.unwritten and (written := self.log.write(self.unwritten)):
+                self.unwritten = self.unwritten[written:]
+
+    def lose_lines(self):
+        """Say once that lines of the log are lost."""
+        if 'lost lines' not in self.told:
+            self.warn(f'`{self.options.log}` is read too slowly: lines are lost. FIX: read faster, or log to a file')
+        self.told.add('lost lines')
+
+    def close(self):
+        """End progress bar and log."""
+        self.bar.close()
+        if self.log:
+            self.write_on()
+            if self.unwritten and self.options.log not in self.told:
+                self.lose_lines()
+            self.log.close()
 
     def keep(self, at):
         """Write a checkpoint every 10 evaluations, or as often as frames if that is more often."""
@@ -3201,7 +3292,7 @@ def paint_and_save(objective, inputs, options, at, journal):
     """Paint, and save the image also after an error or signal; returns the exit code."""
     start, device, places = time.time(), at.header['device'], journal.places
     try:
-        with contextlib.closing(journal.bar), Signals() as signals:
+        with contextlib.closing(journal), Signals() as signals:
             if at.number:
                 journal.say(f'  - Going on from `{places.checkpoint}`, after {at.number} evaluations.')
             paint(objective, inputs, options, at, journal, signals)
@@ -3705,10 +3796,15 @@ def guarded(program, arguments):
     """What `program` returns for its `arguments`, an exit code; errors become one clear line and exit code 2."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))  # None: closed
     handle_signals(interrupt)
+    warnings.filterwarnings('ignore', module='(?!__main__$|doodle$)')   # libraries warn of themselves
     try:
         if sys.version_info[:2] != (3, 11):
             raise UserError(f'This is Python {sys.version_info[0]}.{sys.version_info[1]}, and the program needs 3.11.',
                             'run it with python3.11, in docker, or with uv run')
+        if sys.flags.optimize > 1:
+            raise UserError('Theano does not work without docstrings, which -OO and PYTHONOPTIMIZE=2 take away.',
+                            'run it without them')
+        allow_files()
         return program(arguments)
     except UserError as error:
         problem, fix = error.args
@@ -3716,7 +3812,8 @@ def guarded(program, arguments):
         problem, fix = f'{one_line(error)}.', 'install the packages: pip install -r requirements.txt'
     except OSError as error:
         problem = f'{error.filename or "A file"}: {error.strerror or one_line(error)}.'
-        fix = 'check the disk and its permissions'
+        fix = {errno.ENOSPC: 'make room, or set TMPDIR to a folder on another disk',
+               errno.EMFILE: 'raise it: ulimit -n 1024'}.get(error.errno, 'check the disk and its permissions')
     except Exception as error:  # Theano and libgpuarray have their own errors for a lack of memory
         if not isinstance(error, MemoryError) and not re.search('out of memory|failed to alloc', str(error), re.I):
             raise

@@ -4,6 +4,7 @@ import os
 import pty
 import pwd
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -279,6 +280,55 @@ def test_no_compiler_is_a_sentence(run, tmp_path):
     done = run(tmp_path, *TEXTURE, PATH=str(tmp_path), THEANO_FLAGS='')
     assert done.returncode == 2
     assert re.fullmatch(r'ERROR: There is no g\+\+.*\n  FIX: install g\+\+.*\n', done.stderr)
+
+
+@pytest.mark.parametrize('how', [['-W', 'error'], ['-X', 'dev']])
+def test_warnings_turned_on_change_nothing(tmp_path, how):
+    done = subprocess.run([sys.executable, *how, ROOT / 'doodle.py', *TEXTURE, '--log=log'], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=600)
+    assert (done.returncode, done.stderr) == (0, '') and (tmp_path / 'output.png').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', [['-W', 'error'], ['-X', 'dev']])
+def test_warnings_turned_on_change_nothing_of_painted_maps(tmp_path, how):
+    for name in ('astronaut', 'hopper'):
+        shutil.copy(ROOT / f'samples/{name}.png', tmp_path)
+    done = subprocess.run([sys.executable, *how, ROOT / 'doodle.py', '--style=astronaut.png', '--content=hopper.png',
+                           '--network=vgg16', '--max-size=64', '--phases=1', '--iterations=1', '--auto-maps=4'],
+                          cwd=tmp_path, text=True, capture_output=True, timeout=600)
+    assert (done.returncode, done.stderr) == (0, '') and (tmp_path / 'output.png').exists()
+
+
+def test_a_python_without_docstrings_is_refused(tmp_path):
+    done = subprocess.run([sys.executable, '-OO', ROOT / 'doodle.py', *TEXTURE], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=60)
+    assert done.returncode == 2 and '-OO' in done.stderr and done.stderr.count('\n') == 2
+
+
+def limited(limit, *arguments):
+    """A run in a shell after `ulimit` with some arguments."""
+    return subprocess.run(['bash', '-c', f'ulimit {limit} && "$0" "$@"', sys.executable, ROOT / 'doodle.py',
+                           *arguments], text=True, capture_output=True, timeout=60)
+
+
+def test_few_open_files_are_a_sentence_and_what_may_be_raised_is(tmp_path):
+    done = limited('-n 10', *TEXTURE)
+    assert done.returncode == 2 and re.fullmatch(r'ERROR: Only 10 files .+\n  FIX: .*ulimit -n.+\n', done.stderr)
+    assert limited('-Sn 10', *TEXTURE, f'--output={tmp_path}/o.png', '--save-every=0').returncode == 0
+
+
+@pytest.mark.parametrize('text, threads', [('2', '2'), ('2,1', '2'), (' 03 , 2', '3'), ('999', '999')])
+def test_of_several_numbers_of_threads_the_first_counts(monkeypatch, text, threads):
+    monkeypatch.setenv('OMP_NUM_THREADS', text)
+    program.prepare_process()
+    assert os.environ['OMP_NUM_THREADS'] == threads
+
+
+@pytest.mark.parametrize('text', ['abc', '0', '-1', '1.5', ',2', '2 1', '1000', '٣'])
+def test_what_is_no_number_of_threads_is_refused(refused, monkeypatch, text):
+    monkeypatch.setenv('OMP_NUM_THREADS', text)
+    assert refused('--style=a.png')[0] == f'OMP_NUM_THREADS={text!r} is not a number of threads from 1 to 999.'
 
 
 @pytest.mark.parametrize('name', ['numpy', 'PIL', 'tqdm', 'theano', 'lasagne', 'skimage'])

@@ -1,13 +1,16 @@
 """Runs that end early, disks that are full, losses that blow up: nothing is lost, and it is said."""
 import contextlib
 import errno
+import fcntl
 import io
 import json
 import os
+import pty
 import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -421,6 +424,94 @@ def test_a_full_log_does_not_end_a_run(painted):
     open('log', 'w').close()
     done = painted('--log=full')
     assert done.code == 0 and warnings(done.out) == [('full', os.strerror(errno.ENOSPC))]
+
+
+def lines_of(content):
+    """The entries of a log as bytes, all of them whole lines."""
+    assert content.endswith(b'\n')
+    return [json.loads(line) for line in content.splitlines()]
+
+
+def test_a_log_into_a_fifo_waits_for_its_reader_and_the_run_does_not(painted):
+    os.mkfifo('fifo')
+    assert painted('--log=fifo').code == 0                                               # nobody ever reads
+    reader = os.open('fifo', os.O_RDONLY | os.O_NONBLOCK)
+    done = painted('--log=fifo')
+    assert done.code == 0 and 'lines are lost' not in done.out
+    assert numbers(lines_of(os.read(reader, 1 << 20))) == NUMBERS
+    os.close(reader)
+
+
+def test_a_log_that_is_read_late_has_all_lines(painted):
+    os.mkfifo('fifo')
+    reader = os.open('fifo', os.O_RDONLY | os.O_NONBLOCK)
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
+    read, late = [], {k: and_a_loss(lambda: read.append(os.read(reader, 1 << 20))) for k in range(30, 40)}
+    done = painted('--log=fifo', at=late)
+    read.append(os.read(reader, 1 << 20))
+    assert done.code == 0 and 'lines are lost' not in done.out and numbers(lines_of(b''.join(read))) == NUMBERS
+    os.close(reader)
+
+
+def test_a_log_that_is_not_read_loses_whole_lines_and_says_so_once(painted, doodle, monkeypatch):
+    monkeypatch.setattr(doodle, 'WAITING', 2500)
+    os.mkfifo('fifo')
+    reader = os.open('fifo', os.O_RDONLY | os.O_NONBLOCK)
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
+    read = []
+    done = painted('--log=fifo', at={35: and_a_loss(lambda: read.append(os.read(reader, 1 << 20)))})
+    read.append(os.read(reader, 1 << 20))
+    found = numbers(lines_of(b''.join(read)))
+    assert done.code == 0 and done.out.count('lines are lost') == 1
+    assert found[:5] == NUMBERS[:5] and set(found) < set(NUMBERS) and len(set(found)) == len(found)
+    os.close(reader)
+
+
+@pytest.mark.parametrize('place', ['/dev/null', 'terminal'])
+def test_a_log_may_go_to_a_terminal_or_nowhere(painted, place):
+    ours, theirs = pty.openpty()
+    done = painted(f'--log={os.ttyname(theirs) if place == "terminal" else place}')      # the terminal takes 4 kB
+    assert done.code == 0 and ('lines are lost' in done.out) == (place == 'terminal')
+    if place == 'terminal':
+        assert b'"random_seed"' in os.read(ours, 4096)
+    os.close(ours)
+    os.close(theirs)
+
+
+def special(kind, path):
+    """Make a FIFO, a socket, or a link to a device at `path`."""
+    if kind == 'fifo':
+        os.mkfifo(path)
+    elif kind == 'socket':
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path)
+    else:
+        os.symlink(f'/dev/{kind}', path)
+
+
+@pytest.mark.parametrize('flag, name, kind', [
+    *(('--output', 'o.png', kind) for kind in ('fifo', 'socket', 'null')),
+    *(('--output', 'o.png.checkpoint', kind) for kind in ('fifo', 'socket', 'zero')),
+    *(('--log', 'log', kind) for kind in ('socket', 'zero', 'mem'))])
+@pytest.mark.parametrize('resume', [[], ['--resume']])
+def test_what_is_no_file_is_refused_at_once(painted, flag, name, kind, resume):
+    special(kind, name)
+    before = os.lstat(name)
+    done = painted(*resume)
+    assert done.code == 2 and f"{flag} '{name}' is not a file" in done.err and not done.asked
+    assert os.lstat(name) == before
+
+
+@pytest.mark.parametrize('redirected', ['> out', '| cat > out'])
+def test_lines_and_log_share_stdout(tmp_path, redirected):
+    command = [ROOT / 'doodle.py', f'--style={FOLDER / "texture_style.png"}', '--network=vgg16', '--semantic-weight=0',
+               '--phases=1', '--iterations=3', '--save-every=0', '--style-layers=1_1', '--log=/dev/stdout']
+    done = subprocess.run(['bash', '-c', f'echo before > out; "$0" "$@" {redirected.replace("> ", ">> ")}',
+                           sys.executable, *command], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, '')
+    lines = (tmp_path / 'out').read_text().splitlines()
+    assert lines[:2] == ['before', 'Neural Doodle for semantic style transfer.'] and 'finished' in lines[-1]
+    assert [json.loads(line)['evaluation'] for line in lines if line.startswith('{"phase')] == [0, 1, 2]
 
 
 @pytest.mark.slow
