@@ -1517,10 +1517,17 @@ def allowed_cores():
 
 
 def memory_limit():
-    """Bytes available to this process: the machine's free memory and swap, or less by the limit of a cgroup."""
+    """Bytes available to this process: the machine's free memory and swap, or less by a cgroup or ulimit."""
     free = dict(re.findall(r'(\w+): +(\d+) kB', text_of('/proc/meminfo')))
     limits = cgroup('memory', 'memory.max', 'memory.limit_in_bytes')
-    return min([1024 * (int(free['MemAvailable']) + int(free['SwapFree']))] + [limit for limit, in limits])
+    return min([1024 * (int(free['MemAvailable']) + int(free['SwapFree'])), *[limit for limit, in limits], *ulimits()])
+
+
+def ulimits():
+    """Bytes that `ulimit -v` and `ulimit -d` leave, without what libraries and threads reserve and never touch."""
+    reserved = 400e6 + 32e6 * int(os.environ.get('OMP_NUM_THREADS', 1))  # measured: 467 MB with 2 threads
+    softs = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    return [max(0, soft - reserved) for soft in softs if soft != resource.RLIM_INFINITY]
 
 
 def memory_needed(size, style_size, options):
@@ -1553,7 +1560,7 @@ def check_memory(inputs, options):
         return
     longest = bisect.bisect(range(max(size + style_size)), limit, key=lambda n: memory_needed(*sizes(n), options)) - 1
     fix = '--output-size={}x{}'.format(*sizes(longest)[0]) if options.output_size else f'--max-size={longest}'
-    fix = fix if longest >= 64 else 'close other programs, or use a machine with more memory'
+    fix = fix if longest >= 64 else 'close other programs, raise ulimit -v, or use a machine with more memory'
     raise UserError(f'{size[0]}x{size[1]} pixels in the style of {style_size[0]}x{style_size[1]} need about '
                     f'{needed / 1e9:.1f} GB of memory, and there are {limit / 1e9:.1f} GB.', fix)
 
@@ -1685,6 +1692,8 @@ def prepare_process():
                         'correct it, or unset it')
     os.environ['OMP_NUM_THREADS'] = found[1]                            # NumPy and Theano take a single number
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')                 # idle threads sleep, and do not spin
+    if 0 in ulimits():                                                  # OpenBLAS would ask for memory for ever
+        raise UserError('ulimit -v or -d leaves too little memory for the packages.', 'raise it: ulimit -v unlimited')
     return_freed_memory()
 
 
