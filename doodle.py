@@ -40,8 +40,10 @@ Papers:
     [BLNZ95] Byrd, Lu, Nocedal, Zhu: A Limited Memory Algorithm for Bound Constrained Optimization
 """
 import argparse
+import atexit
 import bisect
 import bz2
+import configparser
 import contextlib
 import ctypes
 import dataclasses
@@ -49,6 +51,7 @@ import errno
 import fcntl
 import fnmatch
 import functools
+import glob
 import hashlib
 import http.client
 import importlib.util
@@ -90,6 +93,10 @@ SAMPLE = 'python3 doodle.py --style samples/astronaut.png --content samples/hopp
 
 class UserError(Exception):
     """An error that the user can fix: ``UserError(problem, fix)``, each one line of plain words."""
+
+    def __init__(self, problem, fix):
+        super().__init__(problem, fix)
+        self.problem, self.fix = problem, fix                           # Theano adds to `args`
 
 
 def parse_natural(text):
@@ -1651,17 +1658,23 @@ def choose_slices(inputs, options, device):
     return fitting_slices(inputs.size, style_size, options.style_layers, theano.gpuarray.get_context(None).free_gmem)
 
 
-def check_compiler():
+def check_compiler(compiler='g++'):
     """Refuse to run without compiler or Python's headers: Theano would silently run a hundred times slower."""
-    if not shutil.which('g++') and 'cxx=' not in os.environ.get('THEANO_FLAGS', ''):
-        raise UserError('There is no g++, which compiles the network.', 'install g++ (Debian: apt-get install g++)')
+    if not shutil.which(compiler):
+        raise UserError(f'There is no {compiler or "compiler"}, which compiles the network.',
+                        'install g++ (Debian: apt-get install g++)' +
+                        ', or correct cxx= in THEANO_FLAGS or .theanorc' * (compiler != 'g++'))
     if not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
         raise UserError("Python's headers are missing.", 'install them (Debian: apt-get install python3-dev)')
 
 
-def blas_flags():
+def blas_flags(compiler):
     """Theano's flags for a fast BLAS: the system's OpenBLAS, else the one in the package scipy-openblas32."""
-    if os.path.isabs(subprocess.check_output(['g++', '-print-file-name=libopenblas.so'], text=True).strip()):
+    try:
+        place = subprocess.check_output([compiler, '-print-file-name=libopenblas.so'], text=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f'The compiler {compiler} does not work: {one_line(error)}.', 'see that it runs') from None
+    if os.path.isabs(place.strip()):
         return {'blas.ldflags': '-lopenblas'}
     folder = importlib.import_module('scipy_openblas32').get_lib_dir()
     if re.search(r'[\s,]', folder):
@@ -1798,22 +1811,75 @@ def open_device(options, inputs=None):
     return used
 
 
+# Keys of Theano's configuration with which the program works in one way only.
+FORCED = {'floatX': 'float32', 'mode': 'Mode', 'compute_test_value': 'off', 'compute_test_value_opt': 'off',
+          'cast_policy': 'custom', 'int_division': 'int', 'warn_float64': 'ignore', 'numpy.seterr_all': 'ignore',
+          'on_opt_error': 'warn', 'init_gpu_device': ''}
+
+
+def read_theanorc():
+    """What .theanorc, or the files in THEANORC, say in their section [global]; UserError if they cannot be read."""
+    parser = configparser.RawConfigParser()
+    for path in map(os.path.expanduser, os.environ.get('THEANORC', '~/.theanorc').split(os.pathsep)):
+        if is_there(path) and path != os.devnull:
+            try:
+                if not os.path.isfile(path):
+                    raise ValueError('it is not a file')
+                with open(path) as file:
+                    parser.read_file(file)
+            except (OSError, ValueError, configparser.Error) as error:
+                raise UserError(f'{path!r}, which Theano reads, cannot be read: {one_line(error)}.',
+                                'mend it, or set THEANORC to nothing') from None
+    return dict(parser['global']) if 'global' in parser else {}
+
+
+def split_flags(text):
+    """THEANO_FLAGS as a dict, as Theano reads them: values may be quoted."""
+    parts = shlex.shlex(text, posix=True)
+    parts.whitespace, parts.whitespace_split = ',', True
+    try:
+        return dict(part.strip().split('=', 1) for part in parts if '=' in part)
+    except ValueError as error:
+        raise UserError(f'THEANO_FLAGS={text!r} cannot be read: {one_line(error)}.', 'correct it') from None
+
+
 def set_theano_flags(device):
-    """Add our flags to THEANO_FLAGS, where the user's win; returns the device, which may be among the user's."""
-    user = dict(flag.strip().split('=', 1) for flag in os.environ.get('THEANO_FLAGS', '').split(',') if '=' in flag)
-    device = user.pop('device', device)
-    if user.get('floatX', 'float32') != 'float32':
-        raise UserError(f"THEANO_FLAGS asks for floatX={user['floatX']}, and the program computes in float32.",
-                        'leave floatX out of THEANO_FLAGS')
-    flags = {'floatX': 'float32', 'device': 'cpu', 'dnn.enabled': 'False', 'print_active_device': 'False'}
+    """Add our flags to THEANO_FLAGS, where the user's win unless `FORCED`; returns the device, which may be theirs."""
+    user, file = split_flags(os.environ.get('THEANO_FLAGS', '')), read_theanorc()
+    device, compiler = user.pop('device', device), user.get('cxx', file.get('cxx', 'g++'))
+    check_compiler(compiler)
+    flags = {'device': 'cpu', 'dnn.enabled': 'False', 'print_active_device': 'False'}
     if 'blas.ldflags' not in user:
-        flags.update(blas_flags())
+        flags.update(blas_flags(compiler))
     if 'gcc.cxxflags' in user:                                         # added to ours, which name the BLAS routines
         user['gcc.cxxflags'] = f"{flags.get('gcc.cxxflags', '')} {user['gcc.cxxflags']}".strip()
-    if not os.access(os.path.expanduser('~'), os.W_OK):
-        flags['base_compiledir'] = os.path.join(tempfile.gettempdir(), f'theano-{os.getuid()}')
-    os.environ['THEANO_FLAGS'] = ','.join(f'{key}={value}' for key, value in {**flags, **user}.items())
+    if not {'compiledir', 'base_compiledir'} & (user.keys() | file.keys()):
+        flags['base_compiledir'] = compile_cache()
+    flags |= user | FORCED | {'linker': 'cvm' if shutil.which('g++') else 'vm'}
+    quoted = {key: shlex.quote(value) if re.search(r'[,#"\'\\]', value) else value for key, value in flags.items()}
+    os.environ['THEANO_FLAGS'] = ','.join(map('='.join, quoted.items()))
     return re.sub('^gpu', 'cuda', device)
+
+
+def compile_cache():
+    """The folder of compiled code: one that nobody else can write, since what lies there is run."""
+    home = os.path.expanduser('~')
+    folder = os.path.join(home, '.theano') if os.access(home, os.W_OK) else os.path.join(
+        tempfile.gettempdir(), f'theano-{os.getuid()}')
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    if all(map(is_private, (folder, *glob.glob(os.path.join(glob.escape(folder), '*'))))):
+        return folder
+    fresh = tempfile.mkdtemp(prefix='theano-')
+    atexit.register(shutil.rmtree, fresh, ignore_errors=True)
+    say(bold(f'WARNING: others can write in {folder!r}: all is compiled anew for this run. FIX: remove that folder.'))
+    return fresh
+
+
+def is_private(path):
+    """Whether only this user and root can write to what is at `path`, and made the links that lead there."""
+    found = os.stat(path) if os.path.exists(path) else os.lstat(path)
+    return {found.st_uid, os.lstat(path).st_uid} <= {0, os.getuid()} and not found.st_mode & 0o022
 
 
 def import_theano(device):
@@ -1832,14 +1898,17 @@ def import_theano(device):
         Why it is not the one asked for.
     """
     global theano, T, lasagne, lbfgsb
-    check_compiler()
     device = set_theano_flags(device)
     logging.getLogger('theano').setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         np.bool, np.complex = bool, complex                           # gone from NumPy 1.24
         sys.modules['theano.scan_module.scan_perform_ext'] = None     # does not compile here; scan loops in Python
-        import theano
+        try:
+            import theano
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'Theano does not take its configuration: {one_line(error)}.',
+                            'correct THEANO_FLAGS or .theanorc') from None
         import theano.tensor as T
         from theano.tensor.signal import pool
         downsample = types.ModuleType('theano.tensor.signal.downsample')  # Lasagne 0.1 knows pool by its old name
@@ -3816,7 +3885,7 @@ def guarded(program, arguments):
         allow_files()
         return program(arguments)
     except UserError as error:
-        problem, fix = error.args
+        problem, fix = error.problem, error.fix
     except ImportError as error:
         problem, fix = f'{one_line(error)}.', 'install the packages: pip install -r requirements.txt'
     except OSError as error:

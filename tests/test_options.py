@@ -410,7 +410,102 @@ def test_the_headers_are_read_once(tmp_path):
 def test_a_home_that_cannot_be_written_moves_the_compile_cache(tmp_path):
     flags = theano_flags(HOME=str(tmp_path / 'none'), TMPDIR=str(tmp_path), THEANO_FLAGS='')
     assert flags['base_compiledir'].startswith(str(tmp_path))
-    assert 'base_compiledir' not in theano_flags(THEANO_FLAGS='')
+    assert theano_flags(THEANO_FLAGS='')['base_compiledir'] == os.path.expanduser('~/.theano')
+    assert 'base_compiledir' not in theano_flags(THEANO_FLAGS=f'compiledir={tmp_path}')
+
+
+def others(path, how):
+    """Make a folder of compiled code that others have, or could have, written to; skipped if that needs root."""
+    path.mkdir(0o755)
+    inside = path / 'compiledir_x'
+    if how == 'writable':
+        path.chmod(0o777)
+    elif how == 'writable inside':
+        inside.mkdir()
+        inside.chmod(0o775)
+    elif os.getuid():
+        pytest.skip('needs root')
+    elif how == "another user's":
+        os.chown(path, 12345, 12345)
+    elif how == "another user's link":
+        path.rename(path.with_name('mine'))
+        path.symlink_to('mine')
+        os.lchown(path, 12345, 12345)
+
+
+@pytest.mark.parametrize('how', ['writable', 'writable inside', "another user's", "another user's link"])
+@pytest.mark.parametrize('home', ['home', 'none'])
+def test_compiled_code_that_others_may_have_made_is_not_run(tmp_path, monkeypatch, capsys, how, home):
+    (tmp_path / 'home').mkdir()
+    monkeypatch.setenv('HOME', str(tmp_path / home))
+    monkeypatch.setattr(program.tempfile, 'tempdir', str(tmp_path))
+    place = tmp_path / ('home/.theano' if home == 'home' else f'theano-{os.getuid()}')
+    assert program.compile_cache() == str(place) and place.stat().st_mode & 0o777 == 0o700
+    assert program.compile_cache() == str(place) and not capsys.readouterr().out
+    place.rmdir()
+    others(place, how)
+    fresh = program.compile_cache()
+    assert os.path.dirname(fresh) == str(tmp_path) and os.stat(fresh).st_mode & 0o777 == 0o700
+    assert re.fullmatch(r'WARNING: others can write in .+ FIX: .+\n', capsys.readouterr().out)
+
+
+def test_a_link_of_ones_own_to_the_compile_cache_is_followed(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'other disk').mkdir(0o700)
+    (tmp_path / '.theano').symlink_to('other disk')
+    assert program.compile_cache() == str(tmp_path / '.theano')
+
+
+BREAKING = ('mode=DebugMode', 'linker=py', 'compute_test_value=raise', 'cast_policy=numpy+floatX', 'floatX=float64',
+            'warn_float64=raise', 'numpy.seterr_all=raise', 'int_division=raise')
+
+
+@pytest.mark.parametrize('where', ['THEANO_FLAGS', 'THEANORC'])
+def test_keys_that_break_the_program_are_overridden(run, tmp_path, where):
+    (tmp_path / 'rc').write_text('\n'.join(['[global]', *BREAKING, '']))
+    done = run(tmp_path, *TEXTURE, **{where: ','.join(BREAKING) if where == 'THEANO_FLAGS' else 'rc'})
+    assert (done.returncode, done.stderr) == (0, '') and (tmp_path / 'output.png').exists()
+
+
+@pytest.mark.parametrize('flags, named', [
+    ('cxx=', 'no compiler'), ('cxx=none', 'no none'), ('cxx=/bin/false', '/bin/false'),
+    ('optimizer=fast', '"optimizer"'),
+    ('base_compiledir=/dev/null/x', "'/dev/null/x/"), ('compiledir=/dev/null/x', "'/dev/null/x'"),
+    ('optimizer_verbose=perhaps', 'optimizer_verbose'), ("gcc.cxxflags='-O1", 'THEANO_FLAGS'),
+    ('compiledir_format=%(none)s', "'none'")])
+def test_flags_that_theano_cannot_take_are_refused_by_name(run, tmp_path, flags, named):
+    (tmp_path / 'rc').write_text(f'[global]\n{flags}\n')
+    for where in {'THEANO_FLAGS': flags} | ({'THEANORC': 'rc'} if 'gcc' not in flags else {}):
+        done = run(tmp_path, *TEXTURE, **{where: flags if where == 'THEANO_FLAGS' else 'rc'})
+        assert done.returncode == 2 and re.fullmatch(r'ERROR: .+\n  FIX: .+\n', done.stderr), done.stderr
+        assert named in done.stderr
+
+
+@pytest.mark.parametrize('kind', ['garbage', 'bytes', 'folder', 'fifo'])
+def test_a_theanorc_that_cannot_be_read_is_named(tmp_path, monkeypatch, kind):
+    path = tmp_path / 'rc'
+    {'garbage': lambda: path.write_text('cxx\n'), 'bytes': lambda: path.write_bytes(b'\xff'), 'folder': path.mkdir,
+     'fifo': lambda: os.mkfifo(path)}[kind]()
+    monkeypatch.setenv('THEANORC', f'{tmp_path}/missing:{path}')
+    with pytest.raises(program.UserError) as error:
+        program.read_theanorc()
+    assert repr(str(path)) in error.value.problem
+    monkeypatch.setenv('THEANORC', '')
+    assert program.read_theanorc() == {}
+
+
+def test_the_compiler_of_the_user_is_the_one_that_compiles(tmp_path):
+    """... also where there is no g++ on the path, and with a comma in a quoted flag."""
+    wrapper, flags = tmp_path / 'my-g++', f"cxx={tmp_path}/my-g++,gcc.cxxflags='-O0 -Wl,-O1',base_compiledir={tmp_path}"
+    wrapper.write_text(f'#!/bin/sh\necho used >> {tmp_path}/used\nexec {shutil.which("g++")} "$@"\n')
+    wrapper.chmod(0o755)
+    python('import doodle\n'
+           'doodle.import_pillow()\n'
+           'doodle.import_theano("cpu")\n'
+           'assert "-Wl,-O1" in doodle.theano.config.gcc.cxxflags\n'
+           'x = doodle.T.fvector()\n'
+           'doodle.theano.function([x], x + 1)', THEANO_FLAGS=flags)
+    assert len((tmp_path / 'used').read_text().splitlines()) > 3
 
 
 def test_a_gpu_that_cannot_be_had_is_one_warning_and_the_cpu_does_the_work(run, tmp_path):
