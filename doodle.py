@@ -71,10 +71,12 @@ import shlex
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import types
 import urllib.parse
@@ -1737,6 +1739,123 @@ def keep_compiled_code():
     theano.gof.op.COp.c_code_cache_version = lambda op: (zlib.crc32(''.join(op.func_codes).encode()),)
 
 
+def is_whole(path):
+    """Whether a compiled module is as long as it says; one that was cut off can end in SIGBUS when it is loaded."""
+    with open(path, 'rb') as file:
+        header = file.read(64)
+        if len(header) < 64:
+            return False
+        place, size, count = struct.unpack_from('<40xQ10xHH', header)   # the table of sections is at the end
+        file.seek(place)
+        table = file.read(size * count)
+    return len(table) == size * count and any(table)
+
+
+def remove_cut_modules(folder):
+    """Remove the two modules of Theano's that it would load unseen, where they are cut off and nobody compiles."""
+    for path in itertools.chain(*(glob.glob(f'{glob.escape(folder)}/{depth}_ext/*.so') for depth in ('*', '*/*'))):
+        if not is_whole(path) and not os.path.exists(os.path.join(path, '../../lock_dir')):
+            shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+
+
+def check_modules():
+    """Have Theano compile anew the modules in its cache that were cut off."""
+    find = theano.gof.cmodule.module_name_from_dir
+
+    def checked(*arguments, **named):
+        path = find(*arguments, **named)
+        if path and not is_whole(path):
+            raise ValueError(f'{path} is cut off')                      # as if it were not there
+        return path
+    theano.gof.cmodule.module_name_from_dir = checked
+
+
+FORGOTTEN = 60                                                        # seconds without a sign of life of a lock's owner
+
+
+def is_alive(number, path):
+    """Whether a process of this machine lives that began before the file at `path` was last written."""
+    with contextlib.suppress(OSError, ValueError):
+        state, *fields = text_of(f'/proc/{int(number)}/stat').rpartition(')')[2].split()
+        began = int(fields[18]) / os.sysconf('SC_CLK_TCK') + time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        return state not in 'XZ' and began < os.path.getmtime(path) + 1
+    return False
+
+
+def take_lock(folder, **_):
+    """Take Theano's lock of the compile cache, a folder with a file that names its owner: process, number, host.
+
+    It is waited for as long as its owner lives: on another host, as long as the file changes within 60 s.
+    """
+    path, before, start, told = os.path.join(folder, 'lock'), None, time.monotonic(), False
+    while True:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
+            theano.gof.compilelock.refresh_lock(path)
+            return
+        owner = lock_owner(path)
+        if owner != before:
+            before, since = owner, time.monotonic()
+        now, (number, _, host) = time.monotonic(), (owner + '__').split('_', 2)
+        host = host.removesuffix('__')
+        here = host == theano.gof.compilelock.hostname
+        if not is_alive(number, path) if here else now - since > FORGOTTEN:
+            if lock_owner(path) == owner:                               # else another run has just taken it over
+                say('  - The cache of compiled code was locked by a run that is gone: going on.')
+                theano.gof.compilelock.Unlocker(folder).unlock(force=True)
+        elif now - start > 1 and not told:
+            told = True
+            say(f'  - Waiting for another run that compiles: process {number or "unknown"} on {host or "this host"}.')
+        time.sleep(.1)
+
+
+def lock_owner(path):
+    """The content of a lock's file; empty if it is not there."""
+    with contextlib.suppress(OSError, ValueError):
+        return text_of(path).strip()
+    return ''
+
+
+@contextlib.contextmanager
+def refreshed_lock():
+    """A block in which Theano's lock, if this process has it, shows that its owner lives."""
+    path, end = os.path.join(theano.config.compiledir, 'lock_dir', 'lock'), threading.Event()
+
+    def refresh():
+        while not end.wait(FORGOTTEN / 3):
+            theano.gof.compilelock.refresh_lock(path)
+    thread = threading.Thread(target=refresh, daemon=True)
+    if getattr(theano.gof.compilelock.get_lock, 'n_lock', 0):
+        thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        if thread.is_alive():
+            thread.join()
+
+
+@contextlib.contextmanager
+def compiling():
+    """A block in which g++ may fail: a `UserError`, instead of what Theano prints, raises and leaves in /tmp."""
+    before = tempfile.gettempdir()
+    with tempfile.TemporaryDirectory(prefix='doodle-') as folder, contextlib.redirect_stdout(io.StringIO()), \
+            contextlib.redirect_stderr(io.StringIO()):
+        try:
+            tempfile.tempdir = folder
+            yield
+        except Exception as error:
+            text = one_line(error)
+            if not text.startswith('Compilation failed') and 'No space left' not in text:
+                raise
+            reason = re.search(r'error: (.+?)(\. |$)', text)
+            raise UserError(f'The network cannot be compiled: {reason[1] if reason else text}.',
+                            'make room in the temporary folder, or set TMPDIR to another' if 'No space' in text else
+                            'see that g++ works, and what THEANO_FLAGS and .theanorc tell it') from None
+        finally:
+            tempfile.tempdir = before
+
+
 def compile_quickly():
     """Precompile the headers of Theano's C++, which take g++ most of its time, and leave debug symbols out."""
     compiler, header = theano.gof.cmodule.GCC_compiler, os.path.join(theano.config.compiledir, 'headers.h')
@@ -1754,7 +1873,8 @@ def compile_quickly():
                 folders = ('-I' + folder for folder in theano.gof.cmodule.std_include_dirs())
                 subprocess.run([theano.config.cxx, *flags, *folders, '-x', 'c++-header', header, '-o', file.name],
                                check=True, capture_output=True)
-        return compile_str(*arguments, preargs=[*preargs, '-g0', '-include', header], **named)
+        with refreshed_lock(), compiling():
+            return compile_str(*arguments, preargs=[*preargs, '-g0', '-include', header], **named)
     compiler.compile_str = staticmethod(compiled)
 
 
@@ -1855,6 +1975,8 @@ def set_theano_flags(device):
         user['gcc.cxxflags'] = f"{flags.get('gcc.cxxflags', '')} {user['gcc.cxxflags']}".strip()
     if not {'compiledir', 'base_compiledir'} & (user.keys() | file.keys()):
         flags['base_compiledir'] = compile_cache()
+    for key in {'compiledir', 'base_compiledir'} & (user | file | flags).keys():
+        remove_cut_modules(os.path.expanduser((file | flags | user)[key]))
     flags |= user | FORCED | {'linker': 'cvm' if shutil.which('g++') else 'vm'}
     quoted = {key: shlex.quote(value) if re.search(r'[,#"\'\\]', value) else value for key, value in flags.items()}
     os.environ['THEANO_FLAGS'] = ','.join(map('='.join, quoted.items()))
@@ -1905,7 +2027,8 @@ def import_theano(device):
         np.bool, np.complex = bool, complex                           # gone from NumPy 1.24
         sys.modules['theano.scan_module.scan_perform_ext'] = None     # does not compile here; scan loops in Python
         try:
-            import theano
+            with compiling():
+                import theano
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f'Theano does not take its configuration: {one_line(error)}.',
                             'correct THEANO_FLAGS or .theanorc') from None
@@ -1920,6 +2043,8 @@ def import_theano(device):
         define_ops()
         keep_compiled_code()
         compile_quickly()
+        check_modules()
+        theano.gof.compilelock.lock = take_lock
         trouble = open_gpu(device) if device != 'cpu' else None
     return 'cpu' if trouble else device, trouble
 

@@ -5,9 +5,13 @@ import pty
 import pwd
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -523,3 +527,130 @@ def test_the_warning_names_the_device_of_theano_flags(tmp_path):
                      'doodle.main(sys.argv[1:])', *TEXTURE, f'--output={tmp_path / "o.png"}', '--save-every=0',
                      THEANO_FLAGS='device=cuda98')
     assert 'cuda98 cannot be used' in printed and 'cpu cannot' not in printed
+
+
+def fake_compiler(folder, code):
+    """A g++ in `folder`, a shell script that runs `code` where it would compile; the PATH with it."""
+    script = folder / 'g++'
+    script.write_text(f'#!/bin/sh\ncase "$*" in *-shared*) {code} ;; esac\nexec {shutil.which("g++")} "$@"\n')
+    script.chmod(0o755)
+    return f'{folder}:{os.environ["PATH"]}'
+
+
+@pytest.mark.parametrize('problem, code', [
+    ('error writing to /tmp/x.s: No space left', 'echo "x.s: fatal error: error writing to /tmp/x.s: No space left on '
+                                                 'device" >&2; exit 1'),
+    ("unrecognized option '--x'", '''echo "g++: error: unrecognized option '--x'" >&2; exit 1''')])
+@pytest.mark.parametrize('warm', [False, True])
+def test_a_compiler_that_fails_is_a_sentence_and_leaves_nothing(run, tmp_path, problem, code, warm):
+    (tmp_path / 'tmp').mkdir()
+    if warm:                                                            # else it fails while Theano is imported
+        code = f'[ ! -e {tmp_path}/cache/*/lazylinker_ext/lazylinker_ext.so ] || {{ {code}; }}'
+    done = run(tmp_path, *TEXTURE, '--style-layers=1_2', PATH=fake_compiler(tmp_path, code),
+               TMPDIR=str(tmp_path / 'tmp'), THEANO_FLAGS=f'base_compiledir={tmp_path}/cache')
+    assert done.returncode == 2 and re.fullmatch(r'ERROR: .+\n  FIX: .+\n', done.stderr), done.stderr
+    assert problem in done.stderr and 'temporary file' not in done.stdout and not os.listdir(tmp_path / 'tmp')
+    assert ('TMPDIR' in done.stderr) == ('space' in problem)
+
+
+def test_a_full_temporary_folder_is_told_whatever_needs_it_first():
+    with pytest.raises(program.UserError) as error, program.compiling():
+        raise AssertionError('[Errno 28] No space left on device')                       # as Theano's import ends
+    assert 'TMPDIR' in error.value.fix
+
+
+COMPILE = '''
+import doodle
+doodle.import_pillow()
+doodle.import_theano("cpu")
+x = doodle.T.fvector()
+print(doodle.theano.function([x], x * x - 3)([2]))
+'''
+
+
+@pytest.mark.parametrize('damage', [lambda path: os.truncate(path, path.stat().st_size // 2),
+                                    lambda path: os.truncate(path, 10), lambda path: os.truncate(path, 0),
+                                    lambda path: path.write_bytes(path.read_bytes()[:5000].ljust(path.stat().st_size,
+                                                                                                 b'\0'))])
+def test_compiled_modules_that_are_cut_off_are_compiled_anew(tmp_path, damage):
+    flags = f'base_compiledir={tmp_path},gcc.cxxflags=-O0'
+    assert python(COMPILE, THEANO_FLAGS=flags) == '[1.]\n'
+    modules = list(tmp_path.rglob('*.so'))
+    assert len(modules) >= 3
+    for path in modules:
+        damage(path)
+    assert python(COMPILE, THEANO_FLAGS=flags) == '[1.]\n'
+    assert python('import doodle, sys; assert all(map(doodle.is_whole, sys.argv[1:]))',
+                  *map(str, tmp_path.rglob('*.so'))) == ''
+
+
+# ---- another run that compiles ---------------------------------------------------------------------------------------
+
+@pytest.fixture
+def lock(doodle, tmp_path, monkeypatch):
+    """lock(owner): lock a compile cache as `owner`, try to take it; what is said, and after how many seconds."""
+    monkeypatch.setattr(doodle, 'FORGOTTEN', 1.5)
+    folder = tmp_path / 'lock_dir'
+
+    def lock(owner, change=lambda path: None):
+        folder.mkdir()
+        if owner is not None:
+            (folder / 'lock').write_text(owner + '\n')
+        timer = threading.Thread(target=change, args=(folder / 'lock',))
+        said, start = [], time.time()
+        with mock.patch.object(doodle, 'say', said.append):
+            timer.start()
+            doodle.take_lock(str(folder))
+        timer.join()
+        assert (folder / 'lock').read_text().split('_')[0] == str(os.getpid())
+        shutil.rmtree(folder)
+        return said, time.time() - start
+    return lock
+
+
+HOST = socket.gethostname()
+
+
+def left(path):
+    """What an owner does who lives for 4 seconds, and changes the file as often as refreshing does."""
+    for number in range(8):
+        path.write_text(re.sub('_.*?_', f'_{number}_', path.read_text()))
+        time.sleep(.5)
+    path.unlink()
+    path.parent.rmdir()
+
+
+def test_the_lock_of_a_run_that_is_gone_is_passed_over_and_said(lock):
+    gone = subprocess.Popen(['true'])
+    gone.wait()
+    said, seconds = lock(f'{gone.pid}_1_{HOST}')
+    assert len(said) == 1 and 'gone' in said[0] and seconds < 1
+    for owner in (f'{os.getpid()}_1_other-host', '', None, 'no lock at all'):
+        said, seconds = lock(owner)
+        assert len(said) == 2 and 'Waiting' in said[0] and 'gone' in said[1] and 1.4 < seconds < 4
+
+
+def test_a_process_that_got_the_number_of_one_that_is_gone_is_not_it(lock):
+    said, seconds = lock(f'{os.getpid()}_1_{HOST}', lambda path: os.utime(path, (0, 0)))
+    assert 'gone' in said[-1] and seconds < 1.4
+
+
+@pytest.mark.parametrize('host', [HOST, 'other-host', 'host_with_bars'])
+def test_a_live_lock_is_waited_for_and_said_once(lock, host):
+    said, seconds = lock(f'{os.getpid()}_1_{host}', left)
+    assert len(said) == 1 and f'process {os.getpid()} on {host}' in said[0] and 3.9 < seconds < 6
+
+
+def test_who_compiles_shows_that_it_lives(doodle, tmp_path, monkeypatch):
+    monkeypatch.setattr(doodle, 'FORGOTTEN', .3)
+    compilelock, path = doodle.theano.gof.compilelock, f'{doodle.theano.config.compiledir}/lock_dir/lock'
+    compilelock.get_lock()
+    try:
+        with doodle.refreshed_lock():
+            owners = {doodle.lock_owner(path) for _ in range(10) if not time.sleep(.05)}
+    finally:
+        compilelock.release_lock()
+    assert len(owners - {''}) > 2 and {owner.split('_')[0] for owner in owners - {''}} == {str(os.getpid())}
+    with doodle.refreshed_lock():                                       # not this process's: nothing to refresh
+        time.sleep(.2)
+    assert not os.path.exists(path)
