@@ -614,7 +614,7 @@ HOST = socket.gethostname()
 def left(path):
     """What an owner does who lives for 4 seconds, and changes the file as often as refreshing does."""
     for number in range(8):
-        path.write_text(re.sub('_.*?_', f'_{number}_', path.read_text()))
+        path.write_text(re.sub('_.*?_', f'_{number}_', path.read_text(), count=1))
         time.sleep(.5)
     path.unlink()
     path.parent.rmdir()
@@ -654,3 +654,17 @@ def test_who_compiles_shows_that_it_lives(doodle, tmp_path, monkeypatch):
     with doodle.refreshed_lock():                                       # not this process's: nothing to refresh
         time.sleep(.2)
     assert not os.path.exists(path)
+
+
+# ---- through a link --------------------------------------------------------------------------------------------------
+
+def test_the_script_finds_its_files_through_a_link(tmp_path):
+    for path, target in (('bin/doodle', '../link.py'), ('link.py', ROOT / 'doodle.py')):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).symlink_to(target)
+    for name in ('astronaut', 'hopper'):
+        shutil.copy(ROOT / f'samples/{name}.png', tmp_path)
+    done = subprocess.run([sys.executable, tmp_path / 'bin/doodle', '--style=astronaut.png', '--content=hopper.png',
+                           '--auto-maps=2', '--max-size=48', '--phases=1', '--iterations=1', '--network=vgg16'],
+                          cwd=tmp_path, text=True, capture_output=True, timeout=600)
+    assert (done.returncode, done.stderr) == (0, '') and f'`{ROOT / "vgg16.npz"}`' in done.stdout

@@ -660,7 +660,7 @@ def test_the_size_that_ulimit_is_good_for_is_told_and_works(tmp_path):
     def limited(*arguments):
         command = [sys.executable, ROOT / 'doodle.py', f'--style={ROOT / "samples/astronaut.png"}', '--network=vgg16',
                    '--phases=1', '--iterations=1', '--semantic-weight=0', *arguments]
-        return subprocess.run(['bash', '-c', 'ulimit -v 1200000; "$0" "$@"', *command], cwd=tmp_path, text=True,
+        return subprocess.run(['bash', '-c', 'ulimit -v 900000; "$0" "$@"', *command], cwd=tmp_path, text=True,
                               capture_output=True, timeout=600, env=os.environ | {'OMP_NUM_THREADS': '2'})
     refused = limited()
     size = re.search(r'FIX: (--max-size=\d+)\.$', refused.stderr)
