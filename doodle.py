@@ -40,14 +40,18 @@ Papers:
     [BLNZ95] Byrd, Lu, Nocedal, Zhu: A Limited Memory Algorithm for Bound Constrained Optimization
 """
 import argparse
+import atexit
 import bisect
 import bz2
+import configparser
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import fnmatch
 import functools
+import glob
 import hashlib
 import http.client
 import importlib.util
@@ -61,15 +65,18 @@ import os
 import pickle
 import pwd
 import re
+import resource
 import secrets
 import shlex
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import types
 import urllib.parse
@@ -88,6 +95,10 @@ SAMPLE = 'python3 doodle.py --style samples/astronaut.png --content samples/hopp
 
 class UserError(Exception):
     """An error that the user can fix: ``UserError(problem, fix)``, each one line of plain words."""
+
+    def __init__(self, problem, fix):
+        super().__init__(problem, fix)
+        self.problem, self.fix = problem, fix                           # Theano adds to `args`
 
 
 def parse_natural(text):
@@ -1488,17 +1499,23 @@ def find_weights(options):
 
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
+def text_of(path):
+    """The text of a file of the kernel's."""
+    with open(path) as file:
+        return file.read()
+
+
 def cgroup(kind, unified, *legacy):
     """Yield the numbers in the file `unified` (v2) or files `legacy` (v1) of this process's cgroup and its parents."""
     lines = []
-    with contextlib.suppress(OSError), open('/proc/self/cgroup') as file:
-        lines = [line.rstrip('/\n').split(':', 2) for line in file]
+    with contextlib.suppress(OSError):
+        lines = [line.rstrip('/').split(':', 2) for line in text_of('/proc/self/cgroup').splitlines()]
     for _, kinds, path in lines:                                        # in a container the path is /
         folder, files = (f'/{kind}', legacy) if kinds else ('', [unified])
         for depth in range(path.count('/') + 1 if kind in kinds.split(',') or not kinds else 0):
             with contextlib.suppress(OSError, ValueError):              # no such file; 'max', which is no number
                 above = path.rsplit('/', depth)[0]
-                texts = [open(f'/sys/fs/cgroup{folder}{above}/{file}').read() for file in files]
+                texts = [text_of(f'/sys/fs/cgroup{folder}{above}/{file}') for file in files]
                 yield [int(number) for number in ' '.join(texts).split()]
 
 
@@ -1509,11 +1526,17 @@ def allowed_cores():
 
 
 def memory_limit():
-    """Bytes available to this process: the machine's free memory and swap, or less by the limit of a cgroup."""
-    with open('/proc/meminfo') as file:
-        free = dict(re.findall(r'(\w+): +(\d+) kB', file.read()))
+    """Bytes available to this process: the machine's free memory and swap, or less by a cgroup or ulimit."""
+    free = dict(re.findall(r'(\w+): +(\d+) kB', text_of('/proc/meminfo')))
     limits = cgroup('memory', 'memory.max', 'memory.limit_in_bytes')
-    return min([1024 * (int(free['MemAvailable']) + int(free['SwapFree']))] + [limit for limit, in limits])
+    return min([1024 * (int(free['MemAvailable']) + int(free['SwapFree'])), *[limit for limit, in limits], *ulimits()])
+
+
+def ulimits():
+    """Bytes that `ulimit -v` and `ulimit -d` leave, without what libraries and threads reserve and never touch."""
+    reserved = 400e6 + 32e6 * int(os.environ.get('OMP_NUM_THREADS', 1))  # measured: 467 MB with 2 threads
+    softs = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    return [max(0, soft - reserved) for soft in softs if soft != resource.RLIM_INFINITY]
 
 
 def memory_needed(size, style_size, options):
@@ -1546,7 +1569,7 @@ def check_memory(inputs, options):
         return
     longest = bisect.bisect(range(max(size + style_size)), limit, key=lambda n: memory_needed(*sizes(n), options)) - 1
     fix = '--output-size={}x{}'.format(*sizes(longest)[0]) if options.output_size else f'--max-size={longest}'
-    fix = fix if longest >= 64 else 'close other programs, or use a machine with more memory'
+    fix = fix if longest >= 64 else 'close other programs, raise ulimit -v, or use a machine with more memory'
     raise UserError(f'{size[0]}x{size[1]} pixels in the style of {style_size[0]}x{style_size[1]} need about '
                     f'{needed / 1e9:.1f} GB of memory, and there are {limit / 1e9:.1f} GB.', fix)
 
@@ -1637,17 +1660,23 @@ def choose_slices(inputs, options, device):
     return fitting_slices(inputs.size, style_size, options.style_layers, theano.gpuarray.get_context(None).free_gmem)
 
 
-def check_compiler():
+def check_compiler(compiler='g++'):
     """Refuse to run without compiler or Python's headers: Theano would silently run a hundred times slower."""
-    if not shutil.which('g++') and 'cxx=' not in os.environ.get('THEANO_FLAGS', ''):
-        raise UserError('There is no g++, which compiles the network.', 'install g++ (Debian: apt-get install g++)')
+    if not shutil.which(compiler):
+        raise UserError(f'There is no {compiler or "compiler"}, which compiles the network.',
+                        'install g++ (Debian: apt-get install g++)' +
+                        ', or correct cxx= in THEANO_FLAGS or .theanorc' * (compiler != 'g++'))
     if not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
         raise UserError("Python's headers are missing.", 'install them (Debian: apt-get install python3-dev)')
 
 
-def blas_flags():
+def blas_flags(compiler):
     """Theano's flags for a fast BLAS: the system's OpenBLAS, else the one in the package scipy-openblas32."""
-    if os.path.isabs(subprocess.check_output(['g++', '-print-file-name=libopenblas.so'], text=True).strip()):
+    try:
+        place = subprocess.check_output([compiler, '-print-file-name=libopenblas.so'], text=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f'The compiler {compiler} does not work: {one_line(error)}.', 'see that it runs') from None
+    if os.path.isabs(place.strip()):
         return {'blas.ldflags': '-lopenblas'}
     folder = importlib.import_module('scipy_openblas32').get_lib_dir()
     if re.search(r'[\s,]', folder):
@@ -1671,9 +1700,26 @@ class NoProps(tuple):
 
 def prepare_process():
     """Set the number of threads, which BLAS reads when NumPy is imported, and how glibc frees memory."""
-    os.environ.setdefault('OMP_NUM_THREADS', str(allowed_cores()))
+    threads = os.environ.get('OMP_NUM_THREADS') or str(allowed_cores())
+    found = re.fullmatch(r'\s*0*([1-9]\d{0,2})\s*(,.*)?', threads, re.ASCII)   # '2,1': loops within loops
+    if not found:
+        raise UserError(f'OMP_NUM_THREADS={threads!r} is not a number of threads from 1 to 999.',
+                        'correct it, or unset it')
+    os.environ['OMP_NUM_THREADS'] = found[1]                            # NumPy and Theano take a single number
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')                 # idle threads sleep, and do not spin
+    if 0 in ulimits():                                                  # OpenBLAS would ask for memory for ever
+        raise UserError('ulimit -v or -d leaves too little memory for the packages.', 'raise it: ulimit -v unlimited')
     return_freed_memory()
+
+
+def allow_files():
+    """Let 1024 files be open at once, or as many as may be; 64 are needed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 1024 if hard == resource.RLIM_INFINITY else min(hard, 1024)
+    if most < 64:
+        raise UserError(f'Only {most} files may be open at once.', 'raise it: ulimit -n 1024')
+    if 0 <= soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def return_freed_memory():
@@ -1693,6 +1739,123 @@ def keep_compiled_code():
     theano.gof.op.COp.c_code_cache_version = lambda op: (zlib.crc32(''.join(op.func_codes).encode()),)
 
 
+def is_whole(path):
+    """Whether a compiled module is as long as it says; one that was cut off can end in SIGBUS when it is loaded."""
+    with open(path, 'rb') as file:
+        header = file.read(64)
+        if len(header) < 64:
+            return False
+        place, size, count = struct.unpack_from('<40xQ10xHH', header)   # the table of sections is at the end
+        file.seek(place)
+        table = file.read(size * count)
+    return len(table) == size * count and any(table)
+
+
+def remove_cut_modules(folder):
+    """Remove the two modules of Theano's that it would load unseen, where they are cut off and nobody compiles."""
+    for path in itertools.chain(*(glob.glob(f'{glob.escape(folder)}/{depth}_ext/*.so') for depth in ('*', '*/*'))):
+        if not is_whole(path) and not os.path.exists(os.path.join(path, '../../lock_dir')):
+            shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+
+
+def check_modules():
+    """Have Theano compile anew the modules in its cache that were cut off."""
+    find = theano.gof.cmodule.module_name_from_dir
+
+    def checked(*arguments, **named):
+        path = find(*arguments, **named)
+        if path and not is_whole(path):
+            raise ValueError(f'{path} is cut off')                      # as if it were not there
+        return path
+    theano.gof.cmodule.module_name_from_dir = checked
+
+
+FORGOTTEN = 60                                                        # seconds without a sign of life of a lock's owner
+
+
+def is_alive(number, path):
+    """Whether a process of this machine lives that began before the file at `path` was last written."""
+    with contextlib.suppress(OSError, ValueError):
+        state, *fields = text_of(f'/proc/{int(number)}/stat').rpartition(')')[2].split()
+        began = int(fields[18]) / os.sysconf('SC_CLK_TCK') + time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        return state not in 'XZ' and began < os.path.getmtime(path) + 1
+    return False
+
+
+def take_lock(folder, **_):
+    """Take Theano's lock of the compile cache, a folder with a file that names its owner: process, number, host.
+
+    It is waited for as long as its owner lives: on another host, as long as the file changes within 60 s.
+    """
+    path, before, start, told = os.path.join(folder, 'lock'), None, time.monotonic(), False
+    while True:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
+            theano.gof.compilelock.refresh_lock(path)
+            return
+        owner = lock_owner(path)
+        if owner != before:
+            before, since = owner, time.monotonic()
+        now, (number, _, host) = time.monotonic(), (owner + '__').split('_', 2)
+        host = host.removesuffix('__')
+        here = host == theano.gof.compilelock.hostname
+        if not is_alive(number, path) if here else now - since > FORGOTTEN:
+            if lock_owner(path) == owner:                               # else another run has just taken it over
+                say('  - The cache of compiled code was locked by a run that is gone: going on.')
+                theano.gof.compilelock.Unlocker(folder).unlock(force=True)
+        elif now - start > 1 and not told:
+            told = True
+            say(f'  - Waiting for another run that compiles: process {number or "unknown"} on {host or "this host"}.')
+        time.sleep(.1)
+
+
+def lock_owner(path):
+    """The content of a lock's file; empty if it is not there."""
+    with contextlib.suppress(OSError, ValueError):
+        return text_of(path).strip()
+    return ''
+
+
+@contextlib.contextmanager
+def refreshed_lock():
+    """A block in which Theano's lock, if this process has it, shows that its owner lives."""
+    path, end = os.path.join(theano.config.compiledir, 'lock_dir', 'lock'), threading.Event()
+
+    def refresh():
+        while not end.wait(FORGOTTEN / 3):
+            theano.gof.compilelock.refresh_lock(path)
+    thread = threading.Thread(target=refresh, daemon=True)
+    if getattr(theano.gof.compilelock.get_lock, 'n_lock', 0):
+        thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        if thread.is_alive():
+            thread.join()
+
+
+@contextlib.contextmanager
+def compiling():
+    """A block in which g++ may fail: a `UserError`, instead of what Theano prints, raises and leaves in /tmp."""
+    before = tempfile.gettempdir()
+    with tempfile.TemporaryDirectory(prefix='doodle-') as folder, contextlib.redirect_stdout(io.StringIO()), \
+            contextlib.redirect_stderr(io.StringIO()):
+        try:
+            tempfile.tempdir = folder
+            yield
+        except Exception as error:
+            text = one_line(error)
+            if not text.startswith('Compilation failed') and 'No space left' not in text:
+                raise
+            reason = re.search(r'error: (.+?)(\. |$)', text)
+            raise UserError(f'The network cannot be compiled: {reason[1] if reason else text}.',
+                            'make room in the temporary folder, or set TMPDIR to another' if 'No space' in text else
+                            'see that g++ works, and what THEANO_FLAGS and .theanorc tell it') from None
+        finally:
+            tempfile.tempdir = before
+
+
 def compile_quickly():
     """Precompile the headers of Theano's C++, which take g++ most of its time, and leave debug symbols out."""
     compiler, header = theano.gof.cmodule.GCC_compiler, os.path.join(theano.config.compiledir, 'headers.h')
@@ -1710,7 +1873,8 @@ def compile_quickly():
                 folders = ('-I' + folder for folder in theano.gof.cmodule.std_include_dirs())
                 subprocess.run([theano.config.cxx, *flags, *folders, '-x', 'c++-header', header, '-o', file.name],
                                check=True, capture_output=True)
-        return compile_str(*arguments, preargs=[*preargs, '-g0', '-include', header], **named)
+        with refreshed_lock(), compiling():
+            return compile_str(*arguments, preargs=[*preargs, '-g0', '-include', header], **named)
     compiler.compile_str = staticmethod(compiled)
 
 
@@ -1752,7 +1916,7 @@ def described(device):
         return '`cpu`'
     gpu, driver = theano.gpuarray.get_context(None), ''
     with contextlib.suppress(OSError):
-        driver = ', driver ' + re.search(r'\d+\.[\d.]+', open('/proc/driver/nvidia/version').read()).group()
+        driver = ', driver ' + re.search(r'\d+\.[\d.]+', text_of('/proc/driver/nvidia/version')).group()
     return f'`{device}` ({gpu.devname}, {gpu.total_gmem / 1e9:.1f} GB{driver})'
 
 
@@ -1767,22 +1931,77 @@ def open_device(options, inputs=None):
     return used
 
 
+# Keys of Theano's configuration with which the program works in one way only.
+FORCED = {'floatX': 'float32', 'mode': 'Mode', 'compute_test_value': 'off', 'compute_test_value_opt': 'off',
+          'cast_policy': 'custom', 'int_division': 'int', 'warn_float64': 'ignore', 'numpy.seterr_all': 'ignore',
+          'on_opt_error': 'warn', 'init_gpu_device': ''}
+
+
+def read_theanorc():
+    """What .theanorc, or the files in THEANORC, say in their section [global]; UserError if they cannot be read."""
+    parser = configparser.RawConfigParser()
+    for path in map(os.path.expanduser, os.environ.get('THEANORC', '~/.theanorc').split(os.pathsep)):
+        if is_there(path) and path != os.devnull:
+            try:
+                if not os.path.isfile(path):
+                    raise ValueError('it is not a file')
+                with open(path) as file:
+                    parser.read_file(file)
+            except (OSError, ValueError, configparser.Error) as error:
+                raise UserError(f'{path!r}, which Theano reads, cannot be read: {one_line(error)}.',
+                                'mend it, or set THEANORC to nothing') from None
+    return dict(parser['global']) if 'global' in parser else {}
+
+
+def split_flags(text):
+    """THEANO_FLAGS as a dict, as Theano reads them: values may be quoted."""
+    parts = shlex.shlex(text, posix=True)
+    parts.whitespace, parts.whitespace_split = ',', True
+    try:
+        return dict(part.strip().split('=', 1) for part in parts if '=' in part)
+    except ValueError as error:
+        raise UserError(f'THEANO_FLAGS={text!r} cannot be read: {one_line(error)}.', 'correct it') from None
+
+
 def set_theano_flags(device):
-    """Add our flags to THEANO_FLAGS, where the user's win; returns the device, which may be among the user's."""
-    user = dict(flag.strip().split('=', 1) for flag in os.environ.get('THEANO_FLAGS', '').split(',') if '=' in flag)
-    device = user.pop('device', device)
-    if user.get('floatX', 'float32') != 'float32':
-        raise UserError(f"THEANO_FLAGS asks for floatX={user['floatX']}, and the program computes in float32.",
-                        'leave floatX out of THEANO_FLAGS')
-    flags = {'floatX': 'float32', 'device': 'cpu', 'dnn.enabled': 'False', 'print_active_device': 'False'}
+    """Add our flags to THEANO_FLAGS, where the user's win unless `FORCED`; returns the device, which may be theirs."""
+    user, file = split_flags(os.environ.get('THEANO_FLAGS', '')), read_theanorc()
+    device, compiler = user.pop('device', device), user.get('cxx', file.get('cxx', 'g++'))
+    check_compiler(compiler)
+    flags = {'device': 'cpu', 'dnn.enabled': 'False', 'print_active_device': 'False'}
     if 'blas.ldflags' not in user:
-        flags.update(blas_flags())
+        flags.update(blas_flags(compiler))
     if 'gcc.cxxflags' in user:                                         # added to ours, which name the BLAS routines
         user['gcc.cxxflags'] = f"{flags.get('gcc.cxxflags', '')} {user['gcc.cxxflags']}".strip()
-    if not os.access(os.path.expanduser('~'), os.W_OK):
-        flags['base_compiledir'] = os.path.join(tempfile.gettempdir(), f'theano-{os.getuid()}')
-    os.environ['THEANO_FLAGS'] = ','.join(f'{key}={value}' for key, value in {**flags, **user}.items())
+    if not {'compiledir', 'base_compiledir'} & (user.keys() | file.keys()):
+        flags['base_compiledir'] = compile_cache()
+    for key in {'compiledir', 'base_compiledir'} & (user | file | flags).keys():
+        remove_cut_modules(os.path.expanduser((file | flags | user)[key]))
+    flags |= user | FORCED | {'linker': 'cvm' if shutil.which('g++') else 'vm'}
+    quoted = {key: shlex.quote(value) if re.search(r'[,#"\'\\]', value) else value for key, value in flags.items()}
+    os.environ['THEANO_FLAGS'] = ','.join(map('='.join, quoted.items()))
     return re.sub('^gpu', 'cuda', device)
+
+
+def compile_cache():
+    """The folder of compiled code: one that nobody else can write, since what lies there is run."""
+    home = os.path.expanduser('~')
+    folder = os.path.join(home, '.theano') if os.access(home, os.W_OK) else os.path.join(
+        tempfile.gettempdir(), f'theano-{os.getuid()}')
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    if all(map(is_private, (folder, *glob.glob(os.path.join(glob.escape(folder), '*'))))):
+        return folder
+    fresh = tempfile.mkdtemp(prefix='theano-')
+    atexit.register(shutil.rmtree, fresh, ignore_errors=True)
+    say(bold(f'WARNING: others can write in {folder!r}: all is compiled anew for this run. FIX: remove that folder.'))
+    return fresh
+
+
+def is_private(path):
+    """Whether only this user and root can write to what is at `path`, and made the links that lead there."""
+    found = os.stat(path) if os.path.exists(path) else os.lstat(path)
+    return {found.st_uid, os.lstat(path).st_uid} <= {0, os.getuid()} and not found.st_mode & 0o022
 
 
 def import_theano(device):
@@ -1801,14 +2020,18 @@ def import_theano(device):
         Why it is not the one asked for.
     """
     global theano, T, lasagne, lbfgsb
-    check_compiler()
     device = set_theano_flags(device)
     logging.getLogger('theano').setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         np.bool, np.complex = bool, complex                           # gone from NumPy 1.24
         sys.modules['theano.scan_module.scan_perform_ext'] = None     # does not compile here; scan loops in Python
-        import theano
+        try:
+            with compiling():
+                import theano
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'Theano does not take its configuration: {one_line(error)}.',
+                            'correct THEANO_FLAGS or .theanorc') from None
         import theano.tensor as T
         from theano.tensor.signal import pool
         downsample = types.ModuleType('theano.tensor.signal.downsample')  # Lasagne 0.1 knows pool by its old name
@@ -1820,6 +2043,8 @@ def import_theano(device):
         define_ops()
         keep_compiled_code()
         compile_quickly()
+        check_modules()
+        theano.gof.compilelock.lock = take_lock
         trouble = open_gpu(device) if device != 'cpu' else None
     return 'cpu' if trouble else device, trouble
 
@@ -2841,7 +3066,7 @@ def check_files(options, places):
     check_written(options, places, read)
     lost = [(flag, path) for flag, path in (('--frames', options.frames if options.save_every else None),
                                             ('--log', options.log))
-            if path and mounts() is not None and not mount_of(path)]
+            if path and mounts() is not None and not mount_of(path) and not is_special(path)]
     return [bold(f'WARNING: {flag} {path!r} is on no mounted folder, and is lost with the container. '
                  f'FIX: -v "$PWD:/nd", or another {flag}.') for flag, path in lost]
 
@@ -2855,6 +3080,10 @@ def check_written(options, places, read):
             raise UserError(f'{flag} {path!r} is one of the inputs and would overwrite it.', f'choose another {flag}')
         if os.path.isdir(path):
             raise UserError(f'{flag} {path!r} is a folder.', 'add a file name to it')
+        if is_special(path):
+            if flag != '--log' or not is_stream(path):
+                raise UserError(f'{flag} {path!r} is not a file.', f'choose another {flag}')
+            continue
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(path)                                               # a name may be too long
         folders[flag] = os.path.dirname(path) or '.'
@@ -2864,6 +3093,50 @@ def check_written(options, places, read):
     for flag, folder in folders.items():
         if os.path.isdir(folder) or not options.check:                  # --check creates nothing
             check_folder(folder, flag, f'choose another {flag}')
+
+
+def is_special(path):
+    """Whether `path` is a pipe, a device or a socket."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def is_stream(path):
+    """Whether what is no file takes a log: a pipe, a terminal, /dev/null or /dev/full, and no other device."""
+    found = os.stat(path)
+    return stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode) and (
+        os.major(found.st_rdev) in (4, 5, *range(136, 144)) or
+        found.st_rdev in (os.makedev(1, 3), os.makedev(1, 7)))
+
+
+def open_log(path, at):
+    """Open a log: at the end of its lines before `at`, if there are any, and without waiting for a reader.
+
+    Returns
+    -------
+    log : io.FileIO
+        To a pipe or terminal that takes no more it writes nothing, and returns None.
+    old : int
+        Bytes of the lines that were kept.
+    """
+    for number in (1, 2) if os.path.isfile(path) else ():
+        with contextlib.suppress(OSError):                              # it may be closed
+            if os.path.samestat(os.stat(path), os.fstat(number)):       # /dev/stdout, a file: to share its position
+                return open(os.dup(number), 'wb', buffering=0), 0
+    if is_special(path):
+        try:
+            log = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            log = os.open(path, os.O_RDWR | os.O_NONBLOCK)              # a FIFO that nobody reads yet
+        return open(log, 'wb', buffering=0), 0
+    old = 0
+    if at.number and os.path.isfile(path):
+        with open(path, 'rb') as file:
+            old = sum(map(len, itertools.takewhile(lambda line: is_before(line, at), file)))
+    log = open(path, 'ab' if old else 'wb', buffering=0)
+    log.truncate(old)
+    return log, old
 
 
 def check_folder(folder, flag, fix):
@@ -3077,6 +3350,9 @@ def is_before(line, at):
     return False
 
 
+WAITING = 16 << 20                                                     # bytes of a log that its reader may let wait
+
+
 class Journal:
     """The output of a run: lines, progress bar, frames, log, checkpoints, result.
 
@@ -3094,15 +3370,10 @@ class Journal:
     def __init__(self, options, places, size, at):
         self.options, self.places, self.size, self.saved, self.told = options, places, size, None, set()
         self.bar = tqdm(total=options.phases * options.iterations, initial=at.number, disable=None, leave=False)
-        self.log, self.unwritten, old = None, b'', 0
-        if at.number and options.log and os.path.isfile(options.log):
-            with open(options.log, 'rb') as file:
-                old = sum(map(len, itertools.takewhile(lambda line: is_before(line, at), file)))
+        self.log, self.unwritten = None, b''
         if options.log:
-            self.log = open(options.log, 'ab' if old else 'wb', buffering=0)
-            if old:
-                self.log.truncate(old)
-            else:
+            self.log, old = open_log(options.log, at)
+            if not old:
                 self.write_log(at.header)
 
     @contextlib.contextmanager
@@ -3158,12 +3429,35 @@ class Journal:
         self.bar.update()
 
     def write_log(self, entry):
-        """Append one line of JSON, after those that could not be written before."""
+        """Append one line of JSON, after those that could not be written before, of which 16 MB wait."""
         if self.log:
-            self.unwritten += json.dumps(entry).encode() + b'\n'
-            with self.spared(self.options.log):
-                while self.unwritten:
-                    self.unwritten = self.unwritten[self.log.write(self.unwritten):]
+            line = json.dumps(entry).encode() + b'\n'
+            if len(self.unwritten) + len(line) <= WAITING:
+                self.unwritten += line
+            else:
+                self.lose_lines()
+            self.write_on()
+
+    def write_on(self):
+        """Write what waits for the log, or as much as its reader takes now."""
+        with self.spared(self.options.log):
+            while self.unwritten and (written := self.log.write(self.unwritten)):
+                self.unwritten = self.unwritten[written:]
+
+    def lose_lines(self):
+        """Say once that lines of the log are lost."""
+        if 'lost lines' not in self.told:
+            self.warn(f'`{self.options.log}` is read too slowly: lines are lost. FIX: read faster, or log to a file')
+        self.told.add('lost lines')
+
+    def close(self):
+        """End progress bar and log."""
+        self.bar.close()
+        if self.log:
+            self.write_on()
+            if self.unwritten and self.options.log not in self.told:
+                self.lose_lines()
+            self.log.close()
 
     def keep(self, at):
         """Write a checkpoint every 10 evaluations, or as often as frames if that is more often."""
@@ -3201,7 +3495,7 @@ def paint_and_save(objective, inputs, options, at, journal):
     """Paint, and save the image also after an error or signal; returns the exit code."""
     start, device, places = time.time(), at.header['device'], journal.places
     try:
-        with contextlib.closing(journal.bar), Signals() as signals:
+        with contextlib.closing(journal), Signals() as signals:
             if at.number:
                 journal.say(f'  - Going on from `{places.checkpoint}`, after {at.number} evaluations.')
             paint(objective, inputs, options, at, journal, signals)
@@ -3280,9 +3574,14 @@ def lost_content(evaluation, options):
                 f'and hardly to be seen. FIX: --content-weight={float(f"{weight:.0e}"):.0f}.')
 
 
+# Ctrl-C, `docker stop`, and a terminal that closes; what the caller has ignored stays so, as by nohup.
+SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+           if signal.getsignal(number) != signal.SIG_IGN]
+
+
 def handle_signals(handler):
-    """Set the handler of Ctrl-C and `docker stop`."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Set the handler of `SIGNALS`."""
+    for number in SIGNALS:
         signal.signal(number, handler)
 
 
@@ -3293,7 +3592,7 @@ def interrupt(number, frame):
 
 
 class Signals:
-    """A block that defers Ctrl-C and `docker stop` to its next part in `heard`, so that no write is cut short.
+    """A block that defers `SIGNALS` to its next part in `heard`, so that no write is cut short.
 
     They are deferred by the handler: if this thread blocked them, OpenMP's threads would receive them.
     """
@@ -3700,18 +3999,24 @@ def guarded(program, arguments):
     """What `program` returns for its `arguments`, an exit code; errors become one clear line and exit code 2."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))  # None: closed
     handle_signals(interrupt)
+    warnings.filterwarnings('ignore', module='(?!__main__$|doodle$)')   # libraries warn of themselves
     try:
         if sys.version_info[:2] != (3, 11):
             raise UserError(f'This is Python {sys.version_info[0]}.{sys.version_info[1]}, and the program needs 3.11.',
                             'run it with python3.11, in docker, or with uv run')
+        if sys.flags.optimize > 1:
+            raise UserError('Theano does not work without docstrings, which -OO and PYTHONOPTIMIZE=2 take away.',
+                            'run it without them')
+        allow_files()
         return program(arguments)
     except UserError as error:
-        problem, fix = error.args
+        problem, fix = error.problem, error.fix
     except ImportError as error:
         problem, fix = f'{one_line(error)}.', 'install the packages: pip install -r requirements.txt'
     except OSError as error:
         problem = f'{error.filename or "A file"}: {error.strerror or one_line(error)}.'
-        fix = 'check the disk and its permissions'
+        fix = {errno.ENOSPC: 'make room, or set TMPDIR to a folder on another disk',
+               errno.EMFILE: 'raise it: ulimit -n 1024'}.get(error.errno, 'check the disk and its permissions')
     except Exception as error:  # Theano and libgpuarray have their own errors for a lack of memory
         if not isinstance(error, MemoryError) and not re.search('out of memory|failed to alloc', str(error), re.I):
             raise

@@ -26,7 +26,7 @@ import skimage.data
 import skimage.draw
 from PIL import Image
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.realpath(__file__))
 
 # Matching compares colours by their direction in RGB. These ten lie at least 30 degrees apart: three
 # corners of the octant, two steps on each of its edges, and its middle.

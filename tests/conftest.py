@@ -76,7 +76,7 @@ def refused(capsys, tmp_path, monkeypatch):
     program = importlib.import_module('doodle')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(program, 'import_theano', lambda device: pytest.fail('not refused'))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in program.SIGNALS}
 
     def refused(*arguments):
         assert program.main(list(map(str, arguments))) == 2

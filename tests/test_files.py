@@ -1,6 +1,7 @@
 """Whole runs on small pictures: what they print, write, log and leave when they are stopped."""
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -322,7 +323,7 @@ def pictures(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_the_image_painted_so_far(pictures, number, code):  # fault 16
     returned, lines = stopped(pictures, number, '  6   loss', *TEXTURE, '--phases=1', '--iterations=100000',
                               '--save-every=1', '--output=o.png')
@@ -341,6 +342,31 @@ def test_a_signal_before_the_first_evaluation_says_that_there_is_nothing(picture
     assert returned == 130
     assert 'Interrupted' in lines[-1] and 'nothing' in lines[-1]
     assert not (pictures / 'o.png').exists()
+
+
+def test_a_terminal_that_closes_ends_a_run_as_a_signal_does(pictures):
+    process, terminal = pty.fork()
+    if not process:
+        os.chdir(pictures)
+        os.execv(sys.executable, [sys.executable, ROOT / 'doodle.py', *TEXTURE, '--phases=1', '--iterations=100000',
+                                  '--output=o.png'])
+    printed = b''
+    while b'  6   loss' not in printed:
+        printed += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 129
+    assert (pictures / 'o.png').exists() and (pictures / 'o.png.checkpoint').exists()
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_the_caller_ignores_stays_ignored(pictures, number):
+    before = signal.signal(number, signal.SIG_IGN)                      # as nohup, and as sh for what runs in its &
+    try:
+        returned, lines = stopped(pictures, number, '  6   loss', *TEXTURE, '--phases=1', '--iterations=30',
+                                  '--save-every=1', '--output=o.png')
+    finally:
+        signal.signal(number, before)
+    assert returned == 0 and 'Optimization finished' in lines[-1]
 
 
 def ends_with(folder, code, *arguments):

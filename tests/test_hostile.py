@@ -171,7 +171,7 @@ IDS = [f'{role}-{kind!a:.40}' for role, kind, *_ in ENTRIES]
 def paint(doodle, tmp_path, monkeypatch, capsys):
     """paint('--style=a.png', ...) -> exit code, stdout, stderr, what the loss was given; a loss without a network."""
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in doodle.SIGNALS}
 
     class Objective(NoNetwork):
         def set_phase(self, content, style, content_map, style_map, size, style_alpha):

@@ -151,7 +151,7 @@ class Objective(NoNetwork):
 def painted(doodle, tmp_path, monkeypatch):
     """Paint with an objective; returns the journal, where the run got to, and the sizes of the images it saved."""
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in doodle.SIGNALS}
 
     def painted(objective, *arguments):
         options = doodle.parse_options([

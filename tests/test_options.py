@@ -4,9 +4,14 @@ import os
 import pty
 import pwd
 import re
+import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -281,6 +286,55 @@ def test_no_compiler_is_a_sentence(run, tmp_path):
     assert re.fullmatch(r'ERROR: There is no g\+\+.*\n  FIX: install g\+\+.*\n', done.stderr)
 
 
+@pytest.mark.parametrize('how', [['-W', 'error'], ['-X', 'dev']])
+def test_warnings_turned_on_change_nothing(tmp_path, how):
+    done = subprocess.run([sys.executable, *how, ROOT / 'doodle.py', *TEXTURE, '--log=log'], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=600)
+    assert (done.returncode, done.stderr) == (0, '') and (tmp_path / 'output.png').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', [['-W', 'error'], ['-X', 'dev']])
+def test_warnings_turned_on_change_nothing_of_painted_maps(tmp_path, how):
+    for name in ('astronaut', 'hopper'):
+        shutil.copy(ROOT / f'samples/{name}.png', tmp_path)
+    done = subprocess.run([sys.executable, *how, ROOT / 'doodle.py', '--style=astronaut.png', '--content=hopper.png',
+                           '--network=vgg16', '--max-size=64', '--phases=1', '--iterations=1', '--auto-maps=4'],
+                          cwd=tmp_path, text=True, capture_output=True, timeout=600)
+    assert (done.returncode, done.stderr) == (0, '') and (tmp_path / 'output.png').exists()
+
+
+def test_a_python_without_docstrings_is_refused(tmp_path):
+    done = subprocess.run([sys.executable, '-OO', ROOT / 'doodle.py', *TEXTURE], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=60)
+    assert done.returncode == 2 and '-OO' in done.stderr and done.stderr.count('\n') == 2
+
+
+def limited(limit, *arguments):
+    """A run in a shell after `ulimit` with some arguments."""
+    return subprocess.run(['bash', '-c', f'ulimit {limit} && "$0" "$@"', sys.executable, ROOT / 'doodle.py',
+                           *arguments], text=True, capture_output=True, timeout=60)
+
+
+def test_few_open_files_are_a_sentence_and_what_may_be_raised_is(tmp_path):
+    done = limited('-n 10', *TEXTURE)
+    assert done.returncode == 2 and re.fullmatch(r'ERROR: Only 10 files .+\n  FIX: .*ulimit -n.+\n', done.stderr)
+    assert limited('-Sn 10', *TEXTURE, f'--output={tmp_path}/o.png', '--save-every=0').returncode == 0
+
+
+@pytest.mark.parametrize('text, threads', [('2', '2'), ('2,1', '2'), (' 03 , 2', '3'), ('999', '999')])
+def test_of_several_numbers_of_threads_the_first_counts(monkeypatch, text, threads):
+    monkeypatch.setenv('OMP_NUM_THREADS', text)
+    program.prepare_process()
+    assert os.environ['OMP_NUM_THREADS'] == threads
+
+
+@pytest.mark.parametrize('text', ['abc', '0', '-1', '1.5', ',2', '2 1', '1000', '٣'])
+def test_what_is_no_number_of_threads_is_refused(refused, monkeypatch, text):
+    monkeypatch.setenv('OMP_NUM_THREADS', text)
+    assert refused('--style=a.png')[0] == f'OMP_NUM_THREADS={text!r} is not a number of threads from 1 to 999.'
+
+
 @pytest.mark.parametrize('name', ['numpy', 'PIL', 'tqdm', 'theano', 'lasagne', 'skimage'])
 def test_a_missing_package_is_a_sentence(tmp_path, name):
     printed = python('import doodle, sys\n'
@@ -361,7 +415,102 @@ def test_the_headers_are_read_once(tmp_path):
 def test_a_home_that_cannot_be_written_moves_the_compile_cache(tmp_path):
     flags = theano_flags(HOME=str(tmp_path / 'none'), TMPDIR=str(tmp_path), THEANO_FLAGS='')
     assert flags['base_compiledir'].startswith(str(tmp_path))
-    assert 'base_compiledir' not in theano_flags(THEANO_FLAGS='')
+    assert theano_flags(THEANO_FLAGS='')['base_compiledir'] == os.path.expanduser('~/.theano')
+    assert 'base_compiledir' not in theano_flags(THEANO_FLAGS=f'compiledir={tmp_path}')
+
+
+def others(path, how):
+    """Make a folder of compiled code that others have, or could have, written to; skipped if that needs root."""
+    path.mkdir(0o755)
+    inside = path / 'compiledir_x'
+    if how == 'writable':
+        path.chmod(0o777)
+    elif how == 'writable inside':
+        inside.mkdir()
+        inside.chmod(0o775)
+    elif os.getuid():
+        pytest.skip('needs root')
+    elif how == "another user's":
+        os.chown(path, 12345, 12345)
+    elif how == "another user's link":
+        path.rename(path.with_name('mine'))
+        path.symlink_to('mine')
+        os.lchown(path, 12345, 12345)
+
+
+@pytest.mark.parametrize('how', ['writable', 'writable inside', "another user's", "another user's link"])
+@pytest.mark.parametrize('home', ['home', 'none'])
+def test_compiled_code_that_others_may_have_made_is_not_run(tmp_path, monkeypatch, capsys, how, home):
+    (tmp_path / 'home').mkdir()
+    monkeypatch.setenv('HOME', str(tmp_path / home))
+    monkeypatch.setattr(program.tempfile, 'tempdir', str(tmp_path))
+    place = tmp_path / ('home/.theano' if home == 'home' else f'theano-{os.getuid()}')
+    assert program.compile_cache() == str(place) and place.stat().st_mode & 0o777 == 0o700
+    assert program.compile_cache() == str(place) and not capsys.readouterr().out
+    place.rmdir()
+    others(place, how)
+    fresh = program.compile_cache()
+    assert os.path.dirname(fresh) == str(tmp_path) and os.stat(fresh).st_mode & 0o777 == 0o700
+    assert re.fullmatch(r'WARNING: others can write in .+ FIX: .+\n', capsys.readouterr().out)
+
+
+def test_a_link_of_ones_own_to_the_compile_cache_is_followed(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'other disk').mkdir(0o700)
+    (tmp_path / '.theano').symlink_to('other disk')
+    assert program.compile_cache() == str(tmp_path / '.theano')
+
+
+BREAKING = ('mode=DebugMode', 'linker=py', 'compute_test_value=raise', 'cast_policy=numpy+floatX', 'floatX=float64',
+            'warn_float64=raise', 'numpy.seterr_all=raise', 'int_division=raise')
+
+
+@pytest.mark.parametrize('where', ['THEANO_FLAGS', 'THEANORC'])
+def test_keys_that_break_the_program_are_overridden(run, tmp_path, where):
+    (tmp_path / 'rc').write_text('\n'.join(['[global]', *BREAKING, '']))
+    done = run(tmp_path, *TEXTURE, **{where: ','.join(BREAKING) if where == 'THEANO_FLAGS' else 'rc'})
+    assert (done.returncode, done.stderr) == (0, '') and (tmp_path / 'output.png').exists()
+
+
+@pytest.mark.parametrize('flags, named', [
+    ('cxx=', 'no compiler'), ('cxx=none', 'no none'), ('cxx=/bin/false', '/bin/false'),
+    ('optimizer=fast', '"optimizer"'),
+    ('base_compiledir=/dev/null/x', "'/dev/null/x/"), ('compiledir=/dev/null/x', "'/dev/null/x'"),
+    ('optimizer_verbose=perhaps', 'optimizer_verbose'), ("gcc.cxxflags='-O1", 'THEANO_FLAGS'),
+    ('compiledir_format=%(none)s', "'none'")])
+def test_flags_that_theano_cannot_take_are_refused_by_name(run, tmp_path, flags, named):
+    (tmp_path / 'rc').write_text(f'[global]\n{flags}\n')
+    for where in {'THEANO_FLAGS': flags} | ({'THEANORC': 'rc'} if 'gcc' not in flags else {}):
+        done = run(tmp_path, *TEXTURE, **{where: flags if where == 'THEANO_FLAGS' else 'rc'})
+        assert done.returncode == 2 and re.fullmatch(r'ERROR: .+\n  FIX: .+\n', done.stderr), done.stderr
+        assert named in done.stderr
+
+
+@pytest.mark.parametrize('kind', ['garbage', 'bytes', 'folder', 'fifo'])
+def test_a_theanorc_that_cannot_be_read_is_named(tmp_path, monkeypatch, kind):
+    path = tmp_path / 'rc'
+    {'garbage': lambda: path.write_text('cxx\n'), 'bytes': lambda: path.write_bytes(b'\xff'), 'folder': path.mkdir,
+     'fifo': lambda: os.mkfifo(path)}[kind]()
+    monkeypatch.setenv('THEANORC', f'{tmp_path}/missing:{path}')
+    with pytest.raises(program.UserError) as error:
+        program.read_theanorc()
+    assert repr(str(path)) in error.value.problem
+    monkeypatch.setenv('THEANORC', '')
+    assert program.read_theanorc() == {}
+
+
+def test_the_compiler_of_the_user_is_the_one_that_compiles(tmp_path):
+    """... also where there is no g++ on the path, and with a comma in a quoted flag."""
+    wrapper, flags = tmp_path / 'my-g++', f"cxx={tmp_path}/my-g++,gcc.cxxflags='-O0 -Wl,-O1',base_compiledir={tmp_path}"
+    wrapper.write_text(f'#!/bin/sh\necho used >> {tmp_path}/used\nexec {shutil.which("g++")} "$@"\n')
+    wrapper.chmod(0o755)
+    python('import doodle\n'
+           'doodle.import_pillow()\n'
+           'doodle.import_theano("cpu")\n'
+           'assert "-Wl,-O1" in doodle.theano.config.gcc.cxxflags\n'
+           'x = doodle.T.fvector()\n'
+           'doodle.theano.function([x], x + 1)', THEANO_FLAGS=flags)
+    assert len((tmp_path / 'used').read_text().splitlines()) > 3
 
 
 def test_a_gpu_that_cannot_be_had_is_one_warning_and_the_cpu_does_the_work(run, tmp_path):
@@ -379,3 +528,144 @@ def test_the_warning_names_the_device_of_theano_flags(tmp_path):
                      'doodle.main(sys.argv[1:])', *TEXTURE, f'--output={tmp_path / "o.png"}', '--save-every=0',
                      THEANO_FLAGS='device=cuda98')
     assert 'cuda98 cannot be used' in printed and 'cpu cannot' not in printed
+
+
+def fake_compiler(folder, code):
+    """A g++ in `folder`, a shell script that runs `code` where it would compile; the PATH with it."""
+    script = folder / 'g++'
+    script.write_text(f'#!/bin/sh\ncase "$*" in *-shared*) {code} ;; esac\nexec {shutil.which("g++")} "$@"\n')
+    script.chmod(0o755)
+    return f'{folder}:{os.environ["PATH"]}'
+
+
+@pytest.mark.parametrize('problem, code', [
+    ('error writing to /tmp/x.s: No space left', 'echo "x.s: fatal error: error writing to /tmp/x.s: No space left on '
+                                                 'device" >&2; exit 1'),
+    ("unrecognized option '--x'", '''echo "g++: error: unrecognized option '--x'" >&2; exit 1''')])
+@pytest.mark.parametrize('warm', [False, True])
+def test_a_compiler_that_fails_is_a_sentence_and_leaves_nothing(run, tmp_path, problem, code, warm):
+    (tmp_path / 'tmp').mkdir()
+    if warm:                                                            # else it fails while Theano is imported
+        code = f'[ ! -e {tmp_path}/cache/*/lazylinker_ext/lazylinker_ext.so ] || {{ {code}; }}'
+    done = run(tmp_path, *TEXTURE, '--style-layers=1_2', PATH=fake_compiler(tmp_path, code),
+               TMPDIR=str(tmp_path / 'tmp'), THEANO_FLAGS=f'base_compiledir={tmp_path}/cache')
+    assert done.returncode == 2 and re.fullmatch(r'ERROR: .+\n  FIX: .+\n', done.stderr), done.stderr
+    assert problem in done.stderr and 'temporary file' not in done.stdout and not os.listdir(tmp_path / 'tmp')
+    assert ('TMPDIR' in done.stderr) == ('space' in problem)
+
+
+def test_a_full_temporary_folder_is_told_whatever_needs_it_first():
+    with pytest.raises(program.UserError) as error, program.compiling():
+        raise AssertionError('[Errno 28] No space left on device')                       # as Theano's import ends
+    assert 'TMPDIR' in error.value.fix
+
+
+COMPILE = '''
+import doodle
+doodle.import_pillow()
+doodle.import_theano("cpu")
+x = doodle.T.fvector()
+print(doodle.theano.function([x], x * x - 3)([2]))
+'''
+
+
+@pytest.mark.parametrize('damage', [lambda path: os.truncate(path, path.stat().st_size // 2),
+                                    lambda path: os.truncate(path, 10), lambda path: os.truncate(path, 0),
+                                    lambda path: path.write_bytes(path.read_bytes()[:5000].ljust(path.stat().st_size,
+                                                                                                 b'\0'))])
+def test_compiled_modules_that_are_cut_off_are_compiled_anew(tmp_path, damage):
+    flags = f'base_compiledir={tmp_path},gcc.cxxflags=-O0'
+    assert python(COMPILE, THEANO_FLAGS=flags) == '[1.]\n'
+    modules = list(tmp_path.rglob('*.so'))
+    assert len(modules) >= 3
+    for path in modules:
+        damage(path)
+    assert python(COMPILE, THEANO_FLAGS=flags) == '[1.]\n'
+    assert python('import doodle, sys; assert all(map(doodle.is_whole, sys.argv[1:]))',
+                  *map(str, tmp_path.rglob('*.so'))) == ''
+
+
+# ---- another run that compiles ---------------------------------------------------------------------------------------
+
+@pytest.fixture
+def lock(doodle, tmp_path, monkeypatch):
+    """lock(owner): lock a compile cache as `owner`, try to take it; what is said, and after how many seconds."""
+    monkeypatch.setattr(doodle, 'FORGOTTEN', 1.5)
+    folder = tmp_path / 'lock_dir'
+
+    def lock(owner, change=lambda path: None):
+        folder.mkdir()
+        if owner is not None:
+            (folder / 'lock').write_text(owner + '\n')
+        timer = threading.Thread(target=change, args=(folder / 'lock',))
+        said, start = [], time.time()
+        with mock.patch.object(doodle, 'say', said.append):
+            timer.start()
+            doodle.take_lock(str(folder))
+        timer.join()
+        assert (folder / 'lock').read_text().split('_')[0] == str(os.getpid())
+        shutil.rmtree(folder)
+        return said, time.time() - start
+    return lock
+
+
+HOST = socket.gethostname()
+
+
+def left(path):
+    """What an owner does who lives for 4 seconds, and changes the file as often as refreshing does."""
+    for number in range(8):
+        path.write_text(re.sub('_.*?_', f'_{number}_', path.read_text(), count=1))
+        time.sleep(.5)
+    path.unlink()
+    path.parent.rmdir()
+
+
+def test_the_lock_of_a_run_that_is_gone_is_passed_over_and_said(lock):
+    gone = subprocess.Popen(['true'])
+    gone.wait()
+    said, seconds = lock(f'{gone.pid}_1_{HOST}')
+    assert len(said) == 1 and 'gone' in said[0] and seconds < 1
+    for owner in (f'{os.getpid()}_1_other-host', '', None, 'no lock at all'):
+        said, seconds = lock(owner)
+        assert len(said) == 2 and 'Waiting' in said[0] and 'gone' in said[1] and 1.4 < seconds < 4
+
+
+def test_a_process_that_got_the_number_of_one_that_is_gone_is_not_it(lock):
+    said, seconds = lock(f'{os.getpid()}_1_{HOST}', lambda path: os.utime(path, (0, 0)))
+    assert 'gone' in said[-1] and seconds < 1.4
+
+
+@pytest.mark.parametrize('host', [HOST, 'other-host', 'host_with_bars'])
+def test_a_live_lock_is_waited_for_and_said_once(lock, host):
+    said, seconds = lock(f'{os.getpid()}_1_{host}', left)
+    assert len(said) == 1 and f'process {os.getpid()} on {host}' in said[0] and 3.9 < seconds < 6
+
+
+def test_who_compiles_shows_that_it_lives(doodle, tmp_path, monkeypatch):
+    monkeypatch.setattr(doodle, 'FORGOTTEN', .3)
+    compilelock, path = doodle.theano.gof.compilelock, f'{doodle.theano.config.compiledir}/lock_dir/lock'
+    compilelock.get_lock()
+    try:
+        with doodle.refreshed_lock():
+            owners = {doodle.lock_owner(path) for _ in range(10) if not time.sleep(.05)}
+    finally:
+        compilelock.release_lock()
+    assert len(owners - {''}) > 2 and {owner.split('_')[0] for owner in owners - {''}} == {str(os.getpid())}
+    with doodle.refreshed_lock():                                       # not this process's: nothing to refresh
+        time.sleep(.2)
+    assert not os.path.exists(path)
+
+
+# ---- through a link --------------------------------------------------------------------------------------------------
+
+def test_the_script_finds_its_files_through_a_link(tmp_path):
+    for path, target in (('bin/doodle', '../link.py'), ('link.py', ROOT / 'doodle.py')):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).symlink_to(target)
+    for name in ('astronaut', 'hopper'):
+        shutil.copy(ROOT / f'samples/{name}.png', tmp_path)
+    done = subprocess.run([sys.executable, tmp_path / 'bin/doodle', '--style=astronaut.png', '--content=hopper.png',
+                           '--auto-maps=2', '--max-size=48', '--phases=1', '--iterations=1', '--network=vgg16'],
+                          cwd=tmp_path, text=True, capture_output=True, timeout=600)
+    assert (done.returncode, done.stderr) == (0, '') and f'`{ROOT / "vgg16.npz"}`' in done.stdout

@@ -1,13 +1,16 @@
 """Runs that end early, disks that are full, losses that blow up: nothing is lost, and it is said."""
 import contextlib
 import errno
+import fcntl
 import io
 import json
 import os
+import pty
 import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,7 +44,7 @@ def painted(doodle, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for path in FOLDER.glob('face*.png'):
         shutil.copy(path, tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in doodle.SIGNALS}
 
     def painted(*arguments, given=FACES, at={}, after={}):
         seen = SimpleNamespace(asked=[], history=[], phase=None)
@@ -426,6 +429,94 @@ def test_a_full_log_does_not_end_a_run(painted):
     assert done.code == 0 and warnings(done.out) == [('full', os.strerror(errno.ENOSPC))]
 
 
+def lines_of(content):
+    """The entries of a log as bytes, all of them whole lines."""
+    assert content.endswith(b'\n')
+    return [json.loads(line) for line in content.splitlines()]
+
+
+def test_a_log_into_a_fifo_waits_for_its_reader_and_the_run_does_not(painted):
+    os.mkfifo('fifo')
+    assert painted('--log=fifo').code == 0                                               # nobody ever reads
+    reader = os.open('fifo', os.O_RDONLY | os.O_NONBLOCK)
+    done = painted('--log=fifo')
+    assert done.code == 0 and 'lines are lost' not in done.out
+    assert numbers(lines_of(os.read(reader, 1 << 20))) == NUMBERS
+    os.close(reader)
+
+
+def test_a_log_that_is_read_late_has_all_lines(painted):
+    os.mkfifo('fifo')
+    reader = os.open('fifo', os.O_RDONLY | os.O_NONBLOCK)
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
+    read, late = [], {k: and_a_loss(lambda: read.append(os.read(reader, 1 << 20))) for k in range(30, 40)}
+    done = painted('--log=fifo', at=late)
+    read.append(os.read(reader, 1 << 20))
+    assert done.code == 0 and 'lines are lost' not in done.out and numbers(lines_of(b''.join(read))) == NUMBERS
+    os.close(reader)
+
+
+def test_a_log_that_is_not_read_loses_whole_lines_and_says_so_once(painted, doodle, monkeypatch):
+    monkeypatch.setattr(doodle, 'WAITING', 2500)
+    os.mkfifo('fifo')
+    reader = os.open('fifo', os.O_RDONLY | os.O_NONBLOCK)
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
+    read = []
+    done = painted('--log=fifo', at={35: and_a_loss(lambda: read.append(os.read(reader, 1 << 20)))})
+    read.append(os.read(reader, 1 << 20))
+    found = numbers(lines_of(b''.join(read)))
+    assert done.code == 0 and done.out.count('lines are lost') == 1
+    assert found[:5] == NUMBERS[:5] and set(found) < set(NUMBERS) and len(set(found)) == len(found)
+    os.close(reader)
+
+
+@pytest.mark.parametrize('place', ['/dev/null', 'terminal'])
+def test_a_log_may_go_to_a_terminal_or_nowhere(painted, place):
+    ours, theirs = pty.openpty()
+    done = painted(f'--log={os.ttyname(theirs) if place == "terminal" else place}')
+    assert done.code == 0
+    if place == 'terminal':
+        assert b'"random_seed"' in os.read(ours, 4096)
+    os.close(ours)
+    os.close(theirs)
+
+
+def special(kind, path):
+    """Make a FIFO, a socket, or a link to a device at `path`."""
+    if kind == 'fifo':
+        os.mkfifo(path)
+    elif kind == 'socket':
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path)
+    else:
+        os.symlink(f'/dev/{kind}', path)
+
+
+@pytest.mark.parametrize('flag, name, kind', [
+    *(('--output', 'o.png', kind) for kind in ('fifo', 'socket', 'null')),
+    *(('--output', 'o.png.checkpoint', kind) for kind in ('fifo', 'socket', 'zero')),
+    *(('--log', 'log', kind) for kind in ('socket', 'zero', 'mem'))])
+@pytest.mark.parametrize('resume', [[], ['--resume']])
+def test_what_is_no_file_is_refused_at_once(painted, flag, name, kind, resume):
+    special(kind, name)
+    before = os.lstat(name)
+    done = painted(*resume)
+    assert done.code == 2 and f"{flag} '{name}' is not a file" in done.err and not done.asked
+    assert os.lstat(name) == before
+
+
+@pytest.mark.parametrize('redirected', ['> out', '| cat > out'])
+def test_lines_and_log_share_stdout(tmp_path, redirected):
+    command = [ROOT / 'doodle.py', f'--style={FOLDER / "texture_style.png"}', '--network=vgg16', '--semantic-weight=0',
+               '--phases=1', '--iterations=3', '--save-every=0', '--style-layers=1_1', '--log=/dev/stdout']
+    done = subprocess.run(['bash', '-c', f'echo before > out; "$0" "$@" {redirected.replace("> ", ">> ")}',
+                           sys.executable, *command], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, '')
+    lines = (tmp_path / 'out').read_text().splitlines()
+    assert lines[:2] == ['before', 'Neural Doodle for semantic style transfer.'] and 'finished' in lines[-1]
+    assert [json.loads(line)['evaluation'] for line in lines if line.startswith('{"phase')] == [0, 1, 2]
+
+
 @pytest.mark.slow
 def test_a_terminal_that_takes_no_more_does_not_end_a_run(tmp_path):
     command = [ROOT / 'doodle.py', f'--style={FOLDER / "texture_style.png"}', '--network=vgg16', '--semantic-weight=0',
@@ -546,6 +637,37 @@ def test_a_run_that_would_not_fit_is_refused_with_the_size_that_would(doodle, re
     monkeypatch.setattr(doodle, 'find_weights', passed)
     larger = answer.replace(str(fitting), str(fitting + 9))
     assert refused(*arguments, answer)[0] == 'passed' and 'memory' in refused(*arguments, larger)[0]
+
+
+@pytest.mark.parametrize('kind', [resource.RLIMIT_AS, resource.RLIMIT_DATA])
+def test_memory_is_what_ulimit_leaves(doodle, monkeypatch, kind):
+    monkeypatch.setenv('OMP_NUM_THREADS', '2')
+    without = doodle.memory_limit()
+    limits = {kind: (10 ** 9, -1)}
+    monkeypatch.setattr(resource, 'getrlimit', lambda other: limits.get(other, (resource.RLIM_INFINITY,) * 2))
+    assert doodle.memory_limit() == 536_000_000 < without
+    limits[kind] = 4 * 10 ** 8, -1
+    assert doodle.memory_limit() == 0
+
+
+@pytest.mark.parametrize('limit', [400_000, 500_000, 700_000])
+def test_a_run_under_ulimit_never_hangs(tmp_path, limit):
+    command = ['bash', '-c', f'ulimit -v {limit}; "$0" "$@"', sys.executable, ROOT / 'doodle.py', '--network=vgg16',
+               f'--style={FOLDER / "texture_style.png"}', '--style-layers=1_1', '--phases=1', '--iterations=1']
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 2 and re.fullmatch(r'ERROR: .*(memory).*\n  FIX: .*ulimit -v.*\n', done.stderr)
+
+
+@pytest.mark.slow
+def test_the_size_that_ulimit_is_good_for_is_told_and_works(tmp_path):
+    def limited(*arguments):
+        command = [sys.executable, ROOT / 'doodle.py', f'--style={ROOT / "samples/astronaut.png"}', '--network=vgg16',
+                   '--phases=1', '--iterations=1', '--semantic-weight=0', *arguments]
+        return subprocess.run(['bash', '-c', 'ulimit -v 900000; "$0" "$@"', *command], cwd=tmp_path, text=True,
+                              capture_output=True, timeout=600, env=os.environ | {'OMP_NUM_THREADS': '2'})
+    refused = limited()
+    size = re.search(r'FIX: (--max-size=\d+)\.$', refused.stderr)
+    assert refused.returncode == 2 and limited(size[1]).returncode == 0
 
 
 def test_a_machine_too_small_for_any_size_is_said_to_be_so(doodle, refused, monkeypatch):
