@@ -1011,7 +1011,7 @@ class Objective:
             for layer, target in self.target.items():
                 target.set_value(f[layer])
         self.set_style(style, content_map, style_map, size, style_alpha)
-        self.fresh = True
+        self.fresh, self.size = True, size
 
     def set_style(self, style, content_map, style_map, size, style_alpha):
         """The part of `set_phase` for the style terms."""
@@ -1062,10 +1062,21 @@ class Objective:
             'fresh': np.array(self.fresh)}                              # whether the next matches are the phase's first
 
     def restore(self, state):
-        """Restore a `state` of this phase."""
-        for name, variable in self.remembered.items():
-            variable.set_value(state[name])
+        """Restore a `state` of this phase; UserError if it is none, as from a checkpoint that was tampered with."""
         self.fresh = bool(state['fresh'])
+        for name, variable in self.remembered.items():
+            kind, layer = name.split()
+            values, before = state[name], variable.get_value(borrow=True)
+            height, width, _ = self.style[layer].keys.get_value(borrow=True).shape
+            if kind == 'matches':                                       # those of a fresh state are never read
+                sound = self.fresh or (values.size == math.prod(side // stride(layer) - 2 for side in self.size)
+                                       and 0 <= values.min() and values.max() < (height - 2) * (width - 2))
+            else:
+                sound = values.shape == before.shape and np.isfinite(values).all()
+            if not sound or (values.dtype, values.ndim) != (before.dtype, 1):
+                raise UserError(f'The checkpoint cannot be used: its {name} are not those of this run.',
+                                'leave --resume out, to start anew')
+            variable.set_value(values)
 
 
 # ---- optimisation ----------------------------------------------------------------------------------------------------
@@ -1144,7 +1155,32 @@ class Minimiser:
         return {name: np.asarray(value) for name, value in vars(self).items()}
 
     def restore(self, state):
-        """Restore a `state`."""
+        """Restore a `state` of as many pixels.
+
+        Raises
+        ------
+        ValueError
+            It is not one that a run leaves: `setulb` would trust its indices, and write beyond its arrays.
+        """
+        self.start()
+        for name, value in self.state().items():
+            found = state[name]
+            if (found.dtype, found.shape) != (value.dtype, value.shape):
+                raise ValueError(f'its {name} has another shape or type')
+            if not (np.isfinite(found).all() or name == 'limit' and found > 0):
+                raise ValueError(f'its {name} is not finite')
+        task, numbers, n, m = tuple(state['task']), state['integers'], self.x.size, self.CORRECTIONS
+        sizes = m * n, m * m, 4 * m * m                                 # and where its arrays begin in `work`
+        places = [*sizes, *itertools.accumulate([0, *sizes[:1] * 2, *sizes[1:2] * 3, *sizes[2:] * 2, *[n] * 5])]
+        (head, columns, tail, _, updates), free = numbers[26:31], numbers[37]
+        free_first, where, entering = state['indices'].reshape(3, n)
+        started = task != (0, 0)
+        if not (task in ((0, 0), (3, 301), (3, 302)) and (numbers[:16] == np.multiply(places, started)).all() and
+                (state['logicals'][1:3] == started).all() and 0 <= head < m and 0 <= tail < m and
+                0 <= columns == min(updates, m) and 0 <= free <= n and -3 <= where.min() and where.max() <= 3 and
+                all(0 <= indices.min() and indices.max() < n for indices in (free_first, entering)) and
+                all(abs(state[name] - 127.5).max() <= 128 for name in ('x', 'image')) and state['limit'] >= 1e6):
+            raise ValueError('its optimiser is in a state that no run leaves')
         for name in vars(self):
             setattr(self, name, state[name] if np.ndim(state[name]) else state[name].item())
 
@@ -2976,18 +3012,24 @@ def provenance(inputs, weights, options):
                                       map_channels=0 if inputs.style_map is None else inputs.style_map.shape[2]))))
 
 
-FORMAT = 1                                                            # of checkpoints
+FORMAT = 2                                                            # of checkpoints
+HEAD = 'doodle.py {}, checkpoint of format {}, sha256 {}\n'            # their first line: checksum of the rest
 
 
 def write_checkpoint(path, at):
-    """Write a `Checkpoint`: its numbers as a string of JSON, then its arrays."""
-    arrays = at.minimiser.state() | at.memory
+    """Write a `Checkpoint`: the `HEAD`, its numbers as a line of JSON, then the bytes of its arrays."""
+    state = at.minimiser.state() | at.memory
+    arrays = {name: value for name, value in state.items() if value.ndim}
     numbers = {field.name: getattr(at, field.name) for field in dataclasses.fields(at)
                if field.name not in ('minimiser', 'memory')}
-    state = dict(format=FORMAT, version=__version__, arrays=list(arrays)) | numbers
+    numbers |= dict(state={name: value.item() for name, value in state.items() if not value.ndim},
+                    arrays={name: (value.dtype.str, value.shape) for name, value in arrays.items()})
+    parts = [json.dumps(numbers).encode() + b'\n', *map(np.ascontiguousarray, arrays.values())]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
     with written_whole(path) as file:
-        for array in (json.dumps(state), *arrays.values()):             # not .npz: zipfile hides that a disk is full
-            np.save(file, array)
+        file.writelines([HEAD.format(__version__, FORMAT, digest.hexdigest()).encode(), *parts])
 
 
 def find_checkpoint(path, header, resume):
@@ -3024,29 +3066,78 @@ def read_checkpoint(path, header):
     """
     restart = 'leave --resume out, to start anew'
     try:
-        with open(path, 'rb') as file:
-            state = json.loads(str(np.load(file)))
-            version, number = state.pop('version', 'before 1.0.0'), state.pop('format', 0)
-            if number != FORMAT:
-                raise UserError(f'{path!r} is a checkpoint of format {number} by doodle.py {version}, and this is '
-                                f'{__version__}, whose format is {FORMAT}.', f'resume with that version, or {restart}')
-            arrays = {name: np.load(file) for name in state.pop('arrays')}
-        differences = differing(state['header'], header)
-        minimiser = Minimiser(arrays['image'])
-        minimiser.restore(arrays)
-        at = Checkpoint(**state, minimiser=minimiser, memory=arrays)
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), 'rb') as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError('it is not a file')
+            check_head(file, path, header, restart)
+            numbers, state = read_state(file)
+        at = Checkpoint(**numbers)
+        differences = differing(at.header, header)
+        if not differences:
+            at.minimiser = check_progress(at, header)
+            at.minimiser.restore(state)
+            at.memory = {name: value for name, value in state.items() if name not in vars(at.minimiser)}
     except UserError:
         raise
     except Exception as error:  # a broken file can raise anything
         raise UserError(f'{path!r} cannot be read as a checkpoint: {one_line(error)}.', f'delete it, or {restart}'
                         ) from None
     for name, before, after in differences:
-        values = f': {before} then, {after} now' if name.startswith('--') else ''
+        values = f': {before!r:.99} then, {after!r:.99} now' if name.startswith('--') else ''
         raise UserError(f'{path!r} is of a run in which {name} was another{values}.',
                         f'resume with what it was, or {restart}')
-    if at.header['options']['frames'] != header['options']['frames']:
-        at.frames = None
+    folder = os.path.realpath(header['options']['frames'])
+    if (at.header['options']['frames'] != header['options']['frames'] or not os.path.isdir(at.frames or '') or
+            os.path.commonpath([os.path.realpath(at.frames), folder]) != folder):
+        at.frames = None                                                # claim a folder anew
     return at
+
+
+def check_head(file, path, header, restart):
+    """Refuse a checkpoint of another format, one too large for the run of `header`, or one that is damaged."""
+    line = file.readline(200)
+    head = re.fullmatch(HEAD.format(r'([\w.]{1,20})', r'(\d{1,9})', '([0-9a-f]{64})').encode(), line)
+    if not head and b"NUMPY\x01\x00v\x00{'descr': '<U" not in line:   # a string: format 1
+        raise ValueError('it does not begin like one')
+    version, number, checksum = map(bytes.decode, head.groups()) if head else ('before this', '1', None)
+    if number != str(FORMAT):
+        raise UserError(f'{path!r} is a checkpoint of format {number} by doodle.py {version}, and this is '
+                        f'{__version__}, whose format is {FORMAT}.', f'resume with that version, or {restart}')
+    pixels = math.prod(header['shapes']['output']) + copy_count(argparse.Namespace(**header['options'])) * math.prod(
+        header['shapes']['style'])
+    if os.fstat(file.fileno()).st_size > 5000 * pixels + 10 ** 7:       # ten times what this run could write
+        raise ValueError('it is far larger than one of this run')
+    place = file.tell()
+    if hashlib.file_digest(file, 'sha256').hexdigest() != checksum:
+        raise ValueError('it is damaged, as its checksum tells')
+    file.seek(place)
+
+
+def read_state(file):
+    """What follows the `HEAD` of a checkpoint: its numbers, and the state of minimiser and objective."""
+    numbers = json.loads(file.readline())
+    kinds, state = numbers.pop('arrays'), {name: np.array(value) for name, value in numbers.pop('state').items()}
+    counts = [math.prod(shape) for _, shape in kinds.values()]
+    if any(kind not in ('<f8', '<f4', '<i8', '<i4') or min(shape) < 0 for kind, shape in kinds.values()):
+        raise ValueError('it has arrays of another kind')
+    if sum(count * int(kind[2]) for count, (kind, _) in zip(counts, kinds.values())) != (
+            os.fstat(file.fileno()).st_size - file.tell()):
+        raise ValueError('its arrays are not as long as they should be')
+    for count, (name, (kind, shape)) in zip(counts, kinds.items()):
+        state[name] = np.fromfile(file, kind, count).reshape(shape)
+    return numbers, state
+
+
+def check_progress(at, header):
+    """A `Minimiser` of the size of the phase that a checkpoint is in; ValueError if its numbers are none of a run's."""
+    phases, iterations = (header['options'][name] for name in ('phases', 'iterations'))
+    if not (all(type(number) is int for number in (at.phase, at.evaluation, at.number)) and
+            0 <= at.phase < phases and 0 <= at.evaluation <= iterations and
+            0 < at.number == at.phase * iterations + at.evaluation and
+            type(at.error) is float and 0 <= at.error <= 255 and type(at.frames) in (str, type(None)) and
+            type(at.header['random_seed']) is int and 0 <= at.header['random_seed'] < 10 ** 9):
+        raise ValueError('its numbers are none that a run counts')
+    return Minimiser(np.zeros((3, *phase_size(header['shapes']['output'], at.phase, phases))))
 
 
 def differing(then, now):
@@ -3216,6 +3307,8 @@ def paint_and_save(objective, inputs, options, at, journal):
         saved = f'the last good image is in {kept(journal.places)}' if journal.save(at) else 'nothing was saved'
         raise UserError(f'The loss is no longer a number after {at.number} evaluations; {saved}.',
                         'try smaller weights, or another --random-seed') from None
+    except UserError:                                                   # a checkpoint that was tampered with
+        raise
     except Exception:                                                   # for example a lack of memory
         if journal.save(at):
             say(f'\nAfter {at.number} evaluations the image so far is in {kept(journal.places)}.')
