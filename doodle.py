@@ -45,6 +45,7 @@ import bz2
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import fnmatch
 import functools
@@ -65,6 +66,7 @@ import secrets
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -1270,9 +1272,17 @@ def run(arguments):
     import_pillow()
     say(bold('Neural Doodle') + ' for semantic style transfer.')
     places = place_output(options)
-    remarks, network, device = check_files(options, places), None, None
+    remarks = check_files(options, places)
     inputs, lines = read_pictures(options)
-    remarks += lines
+    with contextlib.ExitStack() as locks:
+        for path in () if options.check else filter(None, (places.copy or places.output, options.log)):
+            remarks += locks.enter_context(locked(path))
+        return run_alone(options, places, inputs, remarks + lines)
+
+
+def run_alone(options, places, inputs, remarks):
+    """`run` from the maps on, while no other run has this output or this log."""
+    network, device = None, None
     missing = import_automaps().missing_maps(options) if options.auto_maps else []
     if missing and options.check:
         remarks += [f'`{path}` is not there: it will be painted.' for path in missing]
@@ -1449,6 +1459,11 @@ def download(address, part):
             raise OSError('it sent something else')
 
 
+def cache_folder():
+    """Where VGG19 is kept once it was fetched."""
+    return os.path.join(os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache'), 'neural-doodle')
+
+
 def fetch_vgg19():
     """The path of VGG19 as .npz in the cache folder, fetched and converted the first time.
 
@@ -1459,7 +1474,7 @@ def fetch_vgg19():
     OSError
         No address has the file; the message tells why, for each.
     """
-    folder = os.path.join(os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache'), 'neural-doodle')
+    folder = cache_folder()
     path, part = os.path.join(folder, 'vgg19.npz'), os.path.join(folder, KERAS['file'] + '.part')
     if os.path.exists(path):
         return path
@@ -2870,8 +2885,10 @@ def kept(places):
 
 def check_files(options, places):
     """Refuse outputs that cannot be written or overwrite inputs; returns warnings of those lost with the container."""
-    maps = map_paths(options)
-    read = [options.content, options.style, options.weights, *maps]
+    maps, here = map_paths(options), os.path.dirname(os.path.realpath(__file__))
+    read = [options.content, options.style, options.weights, *maps, __file__,
+            os.path.join(cache_folder(), 'vgg19.npz'), 'vgg19_conv.pkl.bz2',
+            *(os.path.join(here, name) for name in ('vgg16.npz', 'vgg19_conv.pkl.bz2', 'samples/automaps.py'))]
     read += [] if options.seed in ('noise', 'content') else [options.seed]
     read += map(import_automaps().preview_path, maps) if options.auto_maps else []
     check_written(options, places, read)
@@ -2883,30 +2900,40 @@ def check_files(options, places):
 
 
 def check_written(options, places, read):
-    """Refuse outputs that would overwrite an input or cannot be written; make the missing folders."""
-    folders = {'--frames': options.frames} if options.save_every else {}
-    outputs = list(filter(None, places))
-    for flag, path in [('--output', path) for path in outputs] + [('--log', options.log)] * bool(options.log):
+    """Refuse outputs that would overwrite an input or each other, or cannot be written."""
+    frames = [options.frames] if options.save_every else []
+    outputs = [('--output', path) for path in filter(None, places)] + [('--log', options.log)] * bool(options.log)
+    for flag, path in outputs + [('--frames', path) for path in frames]:
         if any(same_file(path, other) for other in read if other):
             raise UserError(f'{flag} {path!r} is one of the inputs and would overwrite it.', f'choose another {flag}')
+    for flag, path in outputs:
         if os.path.isdir(path):
             raise UserError(f'{flag} {path!r} is a folder.', 'add a file name to it')
+        if flag == '--output' and os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f'{flag} {path!r} is a device or a pipe.', f'choose another {flag}')
+        if any(same_file(path, folder) or same_file(os.path.dirname(path) or '.', folder) and
+               re.fullmatch(r'\d{4,}\.png|command\.txt|run-\d+', os.path.basename(path)) for folder in frames):
+            raise UserError(f'{flag} {path!r} has the name of a frame or of the folder of --frames.',
+                            f'choose another {flag} or --frames')
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(path)                                               # a name may be too long
-        folders[flag] = os.path.dirname(path) or '.'
-    if options.log and any(same_file(options.log, path) for path in outputs):
+    if options.log and any(same_file(options.log, path) for flag, path in outputs if flag == '--output'):
         raise UserError('--log is the same file as the output or its checkpoint.', 'choose another --log')
     image_format(places.output)
-    for flag, folder in folders.items():
-        if os.path.isdir(folder) or not options.check:                  # --check creates nothing
-            check_folder(folder, flag, f'choose another {flag}')
+    for flag, folder in [(flag, os.path.dirname(given_target(path)) or '.') for flag, path in outputs] + [
+            ('--frames', path) for path in frames]:
+        check_folder(folder, flag, f'choose another {flag}')
 
 
 def check_folder(folder, flag, fix):
-    """Make a folder where it is missing, and refuse one that cannot be written."""
+    """Refuse a folder that cannot be written, or made; it is made by what writes there first."""
+    place = folder
     try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(folder)                                             # its name may be too long
+        while not os.path.lexists(place):
+            place = os.path.dirname(place) or '.'
+        tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise UserError(f'{flag}: the folder {folder!r} cannot be written: {error.strerror}.', fix) from None
 
@@ -2926,39 +2953,131 @@ UMASK = os.umask(0)
 os.umask(UMASK)
 
 
+def hidden(path):
+    """How the names of temporary files and of the lock for `path` begin, all in its folder."""
+    return f'.doodle-{zlib.crc32(os.fsencode(os.path.basename(path))):08x}-'
+
+
+def given_target(path):
+    """The file to write for `path`: where a symbolic link leads, which stays one, unless another user laid it there."""
+    return os.path.realpath(path) if os.path.islink(path) and os.lstat(path).st_uid in (os.geteuid(), 0) else path
+
+
+def opened_file(path, flags):
+    """The descriptor of a file whose name the program made up; OSError if it is a link, a FIFO or the like."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, 'it is not a file', path)
+    return descriptor
+
+
+def is_at(path, file):
+    """Whether the open `file` is still the one at `path`."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.lstat(path), os.fstat(file.fileno()))
+    return False
+
+
 @contextlib.contextmanager
-def written_whole(path):
-    """Write a binary file atomically: it appears at `path` at the end of the block, or not at all."""
+def locked(path):
+    """A block in which no other run has `path` as output or log; gives remarks. A run that dies frees it.
+
+    The lock is that of a file beside `path`, which holds process and host, and is removed at the end.
+
+    Raises
+    ------
+    UserError
+        Another run has it.
+    """
+    path, remarks, file = given_target(path), [], None
+    if os.path.exists(path) and not os.path.isfile(path):               # a device or a pipe
+        yield remarks
+        return
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    place = os.path.join(os.path.dirname(path), hidden(path) + 'lock')
+    with contextlib.ExitStack() as files:
+        try:
+            while not file or not is_at(place, file):                   # else its run removed it just now
+                file = files.enter_context(open(opened_file(place, os.O_RDWR | os.O_CREAT), 'r+', errors='replace'))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(OSError):
+                os.fchmod(file.fileno(), 0o666)                         # whoever may write here may find out
+            file.truncate(0)
+            file.write(f'{os.getpid()} {socket.gethostname()}\n')
+            file.flush()
+        except BlockingIOError:
+            found = re.match(r'([0-9]{1,10}) (.*)', file.read(300))
+            number, host = found.groups() if found else ('unknown', '')
+            where = '' if host in ('', socket.gethostname()) else f' on host {host!r}'
+            raise UserError(f'{path!r} is being written by another run, process {number}{where}.',
+                            'wait until it ends, or choose another name') from None
+        except OSError as error:
+            remarks = [bold(f'WARNING: `{path}` cannot be locked: {error.strerror}. Two runs that write it would not '
+                            'notice each other. FIX: start one at a time.')]
+        if file:
+            files.callback(remove, place, file)
+        yield remarks
+
+
+def remove(path, file):
+    """Remove the open `file`, whose lock this process has, if it is still the one at `path`."""
+    with contextlib.suppress(OSError):
+        if is_at(path, file):
+            os.unlink(path)
+
+
+@contextlib.contextmanager
+def written_whole(path, durable=False):
+    """Write a binary file atomically: it appears at `path` at the end of the block, or not at all.
+
+    A file that was there passes its mode on. What is `durable` survives a loss of power once it is there.
+    """
     folder = os.path.dirname(path) or '.'
     os.makedirs(folder, exist_ok=True)                                  # it may have been removed since `check_folder`
-    prefix = f'.doodle-{zlib.crc32(os.fsencode(os.path.abspath(path))):08x}-'
+    prefix = hidden(path)
     names = fnmatch.filter(os.listdir(folder), prefix + '*') if os.access(folder, os.R_OK) else ()
-    for name in names:
-        with contextlib.suppress(OSError), open(os.path.join(folder, name)) as file:
+    for name in (os.path.join(folder, name) for name in names):
+        with contextlib.suppress(OSError), open(opened_file(name, os.O_RDONLY)) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # unlocked: left by a killed run
-            os.unlink(file.name)
+            remove(name, file)
     while True:
         temporary = tempfile.NamedTemporaryFile(dir=folder, prefix=prefix, delete=False)
         with contextlib.suppress(OSError):                              # some file systems have no locks
             fcntl.flock(temporary, fcntl.LOCK_EX)
-        if os.path.exists(temporary.name):                              # else a run removed it before it was locked
+        if is_at(temporary.name, temporary):                            # else a run removed it before it was locked
             break
         temporary.close()
     try:
         with temporary as file:
             yield file
             file.flush()
-            os.chmod(temporary.name, 0o666 & ~UMASK)                    # temporary files have mode 0600
+            before = os.path.isfile(path) and not os.path.islink(path)
+            os.fchmod(file.fileno(), os.stat(path).st_mode & 0o777 if before else 0o666 & ~UMASK)    # it has 0600
+            if durable:
+                os.fsync(file.fileno())
             os.replace(temporary.name, path)                            # while it is locked
+            if durable:
+                sync_folder(folder)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary.name)
         raise
 
 
-def write_picture(rgb, path):
+def sync_folder(folder):
+    """Have the disk know which files are in a folder; not all file systems can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_picture(rgb, path, durable=False):
     """Write (H, W, 3) uint8 `rgb`, in the format of the ending of `path`."""
-    with written_whole(path) as file:
+    with written_whole(path, durable) as file:
         Image.fromarray(np.ascontiguousarray(rgb)).save(file, format=image_format(path), quality=95)
 
 
@@ -2969,6 +3088,8 @@ def claim_frames(folder):
     """
     for number in itertools.count(1):
         place = folder if number == 1 else os.path.join(folder, f'run-{number}')
+        if place != folder and os.path.islink(place):                   # another user may have laid it there
+            continue
         os.makedirs(place, exist_ok=True)
         if not any(re.fullmatch(r'\d{4,}\.png', name) for name in os.listdir(place)):
             command = os.path.join(place, 'command.txt')
@@ -3028,7 +3149,7 @@ def write_checkpoint(path, at):
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
-    with written_whole(path) as file:
+    with written_whole(path, durable=True) as file:
         file.writelines([HEAD.format(__version__, FORMAT, digest.hexdigest()).encode(), *parts])
 
 
@@ -3066,9 +3187,7 @@ def read_checkpoint(path, header):
     """
     restart = 'leave --resume out, to start anew'
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), 'rb') as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError('it is not a file')
+        with open(opened_file(path, os.O_RDONLY), 'rb') as file:
             check_head(file, path, header, restart)
             numbers, state = read_state(file)
         at = Checkpoint(**numbers)
@@ -3275,13 +3394,13 @@ class Journal:
         for path in filter(None, (self.places.output, self.places.copy)):
             done = False
             with self.spared(path):
-                write_picture(picture, path)
+                write_picture(picture, given_target(path), durable=True)
                 done = True
         for folder in (self.options.frames, '.', '~', tempfile.gettempdir(), '/dev/shm') if last and not done else ():
             name = f'doodle-{secrets.token_hex(4)}-{os.path.basename(self.places.output)}'
             path = os.path.join(os.path.expanduser(folder), name)
             with contextlib.suppress(OSError):
-                write_picture(picture, path)
+                write_picture(picture, path, durable=True)
                 self.places, done = self.places._replace(output=path, copy=None), True
                 break
         self.saved = at.minimiser.image if done else None

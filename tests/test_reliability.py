@@ -368,7 +368,7 @@ def test_a_checkpoint_is_not_read_through_a_link(painted):
     assert 'cannot be read as a checkpoint' in painted('--resume').err
     os.remove(CHECKPOINT)
     os.mkfifo(CHECKPOINT)
-    assert 'cannot be read as a checkpoint: it is not a file' in painted('--resume').err
+    assert 'it is not a file' in painted('--resume').err
 
 
 def test_a_checkpoint_that_is_not_wanted_is_mentioned_and_replaced(painted):
@@ -389,8 +389,8 @@ def test_a_signal_between_evaluations_waits_until_all_know_of_the_last(doodle, p
     whole, calls, owner = painted('--random-seed=3'), [], doodle if where == 'write_picture' else doodle.Journal
     function = getattr(owner, where)
 
-    def signalled(*arguments):
-        function(*arguments)
+    def signalled(*arguments, **how):
+        function(*arguments, **how)
         calls.append(signal.raise_signal(signal.SIGTERM) if len(calls) == 3 else None)
     with monkeypatch.context() as patched:
         patched.setattr(owner, where, signalled)
@@ -623,6 +623,66 @@ def test_a_machine_too_small_for_any_size_is_said_to_be_so(doodle, refused, monk
 
 
 # ---- several runs at once --------------------------------------------------------------------------------------------
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else os.lstat(path).st_mtime_ns for path in folder.rglob('*')}
+
+
+@pytest.mark.parametrize('arguments', [[], ['--resume'], ['--log=other'], ['--output=p.png'], ['--output=link.png'],
+                                       ['--frames=new/frames'], ['--resume', '--output=../{}/o.png']])
+def test_a_second_run_with_an_output_or_log_is_refused_and_touches_nothing(painted, tmp_path, monkeypatch, arguments):
+    os.symlink('o.png', 'link.png')
+
+    def second():
+        before = contents(tmp_path)
+        command = [sys.executable, ROOT / 'doodle.py', *FACES, *(text.format(tmp_path.name) for text in arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 2 and done.stderr.count('\n') == 2, done.stderr
+        assert f' is being written by another run, process {os.getpid()}.' in done.stderr
+        assert contents(tmp_path) == before
+        return 1e12
+    first = painted(at={13: second})
+    assert (first.code, first.err) == (0, '') and len(first.asked) == 40 and not list(tmp_path.glob('.doodle-*'))
+
+
+def test_a_run_of_another_machine_is_named_with_its_host(painted, doodle, monkeypatch):
+    with doodle.locked('o.png'):
+        monkeypatch.setattr(doodle.socket, 'gethostname', lambda: 'another')
+        here = os.uname().nodename
+        assert f'process {os.getpid()} on host {here!r}.' in painted().err
+
+
+def test_a_lock_that_a_killed_run_left_is_taken_over_and_removed(painted, tmp_path):
+    code = 'import doodle, os; lock = doodle.locked("o.png"); lock.__enter__(); os._exit(9)'
+    subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert len(list(tmp_path.glob('.doodle-*-lock'))) == 1
+    assert painted().code == 0 and not list(tmp_path.glob('.doodle-*'))
+
+
+def test_of_many_runs_only_one_at_a_time_has_a_lock(tmp_path):
+    code = '''
+import doodle, os, time
+for _ in range(300):
+    try:
+        with doodle.locked('o.png'):
+            os.close(os.open('alone', os.O_CREAT | os.O_EXCL))
+            os.unlink('alone')
+    except doodle.UserError:
+        pass
+'''
+    runs = [subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+            for _ in range(6)]
+    assert [process.wait() for process in runs] == [0] * 6 and os.listdir(tmp_path) == []
+
+
+def test_a_file_system_without_locks_is_told_and_painted_on(painted, doodle, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr(doodle.fcntl, 'flock', flock)
+    done = painted('--log=/dev/null')
+    assert done.code == 0 and done.out.count('cannot be locked: No locks available') == 1
+    assert not list(tmp_path.glob('.doodle-*-lock'))
+
 
 @pytest.mark.slow
 def test_ten_runs_at_once_do_not_disturb_each_other(tmp_path):
