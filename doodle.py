@@ -1065,6 +1065,10 @@ class Objective:
 
     def restore(self, state):
         """Restore a `state` of this phase; UserError if it is none, as from a checkpoint that was tampered with."""
+        tampered = UserError('The checkpoint cannot be used: its matches are not those of this run.',
+                             'leave --resume out, to start anew')
+        if state.keys() != {*self.remembered, 'fresh'} or (state['fresh'].dtype, state['fresh'].shape) != (bool, ()):
+            raise tampered
         self.fresh = bool(state['fresh'])
         for name, variable in self.remembered.items():
             kind, layer = name.split()
@@ -1076,8 +1080,7 @@ class Objective:
             else:
                 sound = values.shape == before.shape and np.isfinite(values).all()
             if not sound or (values.dtype, values.ndim) != (before.dtype, 1):
-                raise UserError(f'The checkpoint cannot be used: its {name} are not those of this run.',
-                                'leave --resume out, to start anew')
+                raise tampered
             variable.set_value(values)
 
 
@@ -3218,7 +3221,7 @@ def check_head(file, path, header, restart):
     head = re.fullmatch(HEAD.format(r'([\w.]{1,20})', r'(\d{1,9})', '([0-9a-f]{64})').encode(), line)
     if not head and b"NUMPY\x01\x00v\x00{'descr': '<U" not in line:   # a string: format 1
         raise ValueError('it does not begin like one')
-    version, number, checksum = map(bytes.decode, head.groups()) if head else ('before this', '1', None)
+    version, number, checksum = map(bytes.decode, head.groups()) if head else ('(an earlier one)', '1', None)
     if number != str(FORMAT):
         raise UserError(f'{path!r} is a checkpoint of format {number} by doodle.py {version}, and this is '
                         f'{__version__}, whose format is {FORMAT}.', f'resume with that version, or {restart}')
