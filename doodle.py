@@ -70,6 +70,7 @@ import secrets
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -1022,7 +1023,7 @@ class Objective:
             for layer, target in self.target.items():
                 target.set_value(f[layer])
         self.set_style(style, content_map, style_map, size, style_alpha)
-        self.fresh = True
+        self.fresh, self.size = True, size
 
     def set_style(self, style, content_map, style_map, size, style_alpha):
         """The part of `set_phase` for the style terms."""
@@ -1073,10 +1074,24 @@ class Objective:
             'fresh': np.array(self.fresh)}                              # whether the next matches are the phase's first
 
     def restore(self, state):
-        """Restore a `state` of this phase."""
-        for name, variable in self.remembered.items():
-            variable.set_value(state[name])
+        """Restore a `state` of this phase; UserError if it is none, as from a checkpoint that was tampered with."""
+        tampered = UserError('The checkpoint cannot be used: its matches are not those of this run.',
+                             'leave --resume out, to start anew')
+        if state.keys() != {*self.remembered, 'fresh'} or (state['fresh'].dtype, state['fresh'].shape) != (bool, ()):
+            raise tampered
         self.fresh = bool(state['fresh'])
+        for name, variable in self.remembered.items():
+            kind, layer = name.split()
+            values, before = state[name], variable.get_value(borrow=True)
+            height, width, _ = self.style[layer].keys.get_value(borrow=True).shape
+            if kind == 'matches':                                       # those of a fresh state are never read
+                sound = self.fresh or (values.size == math.prod(side // stride(layer) - 2 for side in self.size)
+                                       and 0 <= values.min() and values.max() < (height - 2) * (width - 2))
+            else:
+                sound = values.shape == before.shape and np.isfinite(values).all()
+            if not sound or (values.dtype, values.ndim) != (before.dtype, 1):
+                raise tampered
+            variable.set_value(values)
 
 
 # ---- optimisation ----------------------------------------------------------------------------------------------------
@@ -1155,7 +1170,32 @@ class Minimiser:
         return {name: np.asarray(value) for name, value in vars(self).items()}
 
     def restore(self, state):
-        """Restore a `state`."""
+        """Restore a `state` of as many pixels.
+
+        Raises
+        ------
+        ValueError
+            It is not one that a run leaves: `setulb` would trust its indices, and write beyond its arrays.
+        """
+        self.start()
+        for name, value in self.state().items():
+            found = state[name]
+            if (found.dtype, found.shape) != (value.dtype, value.shape):
+                raise ValueError(f'its {name} has another shape or type')
+            if not (np.isfinite(found).all() or name == 'limit' and found > 0):
+                raise ValueError(f'its {name} is not finite')
+        task, numbers, n, m = tuple(state['task']), state['integers'], self.x.size, self.CORRECTIONS
+        sizes = m * n, m * m, 4 * m * m                                 # and where its arrays begin in `work`
+        places = [*sizes, *itertools.accumulate([0, *sizes[:1] * 2, *sizes[1:2] * 3, *sizes[2:] * 2, *[n] * 5])]
+        (head, columns, tail, _, updates), free = numbers[26:31], numbers[37]
+        free_first, where, entering = state['indices'].reshape(3, n)
+        started = task != (0, 0)
+        if not (task in ((0, 0), (3, 301), (3, 302)) and (numbers[:16] == np.multiply(places, started)).all() and
+                (state['logicals'][1:3] == started).all() and 0 <= head < m and 0 <= tail < m and
+                0 <= columns == min(updates, m) and 0 <= free <= n and -3 <= where.min() and where.max() <= 3 and
+                all(0 <= indices.min() and indices.max() < n for indices in (free_first, entering)) and
+                all(abs(state[name] - 127.5).max() <= 128 for name in ('x', 'image')) and state['limit'] >= 1e6):
+            raise ValueError('its optimiser is in a state that no run leaves')
         for name in vars(self):
             setattr(self, name, state[name] if np.ndim(state[name]) else state[name].item())
 
@@ -1245,9 +1285,17 @@ def run(arguments):
     import_pillow()
     say(bold('Neural Doodle') + ' for semantic style transfer.')
     places = place_output(options)
-    remarks, network, device = check_files(options, places), None, None
+    remarks = check_files(options, places)
     inputs, lines = read_pictures(options)
-    remarks += lines
+    with contextlib.ExitStack() as locks:
+        for path in () if options.check else filter(None, (places.copy or places.output, options.log)):
+            remarks += locks.enter_context(locked(path))
+        return run_alone(options, places, inputs, remarks + lines)
+
+
+def run_alone(options, places, inputs, remarks):
+    """`run` from the maps on, while no other run has this output or this log."""
+    network, device = None, None
     missing = import_automaps().missing_maps(options) if options.auto_maps else []
     if missing and options.check:
         remarks += [f'`{path}` is not there: it will be painted.' for path in missing]
@@ -1424,6 +1472,11 @@ def download(address, part):
             raise OSError('it sent something else')
 
 
+def cache_folder():
+    """Where VGG19 is kept once it was fetched."""
+    return os.path.join(os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache'), 'neural-doodle')
+
+
 def fetch_vgg19():
     """The path of VGG19 as .npz in the cache folder, fetched and converted the first time.
 
@@ -1434,7 +1487,7 @@ def fetch_vgg19():
     OSError
         No address has the file; the message tells why, for each.
     """
-    folder = os.path.join(os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache'), 'neural-doodle')
+    folder = cache_folder()
     path, part = os.path.join(folder, 'vgg19.npz'), os.path.join(folder, KERAS['file'] + '.part')
     if os.path.exists(path):
         return path
@@ -1793,7 +1846,7 @@ def take_lock(folder, **_):
             os.mkdir(folder)
             theano.gof.compilelock.refresh_lock(path)
             return
-        owner = lock_owner(path)
+        owner = lock_owner(path) or before or ''                        # it may be empty while it is written
         if owner != before:
             before, since = owner, time.monotonic()
         now, (number, _, host) = time.monotonic(), (owner + '__').split('_', 2)
@@ -3059,8 +3112,10 @@ def kept(places):
 
 def check_files(options, places):
     """Refuse outputs that cannot be written or overwrite inputs; returns warnings of those lost with the container."""
-    maps = map_paths(options)
-    read = [options.content, options.style, options.weights, *maps]
+    maps, here = map_paths(options), os.path.dirname(os.path.realpath(__file__))
+    read = [options.content, options.style, options.weights, *maps, __file__,
+            os.path.join(cache_folder(), 'vgg19.npz'), 'vgg19_conv.pkl.bz2',
+            *(os.path.join(here, name) for name in ('vgg16.npz', 'vgg19_conv.pkl.bz2', 'samples/automaps.py'))]
     read += [] if options.seed in ('noise', 'content') else [options.seed]
     read += map(import_automaps().preview_path, maps) if options.auto_maps else []
     check_written(options, places, read)
@@ -3072,27 +3127,29 @@ def check_files(options, places):
 
 
 def check_written(options, places, read):
-    """Refuse outputs that would overwrite an input or cannot be written; make the missing folders."""
-    folders = {'--frames': options.frames} if options.save_every else {}
-    outputs = list(filter(None, places))
-    for flag, path in [('--output', path) for path in outputs] + [('--log', options.log)] * bool(options.log):
+    """Refuse outputs that would overwrite an input or each other, or cannot be written."""
+    frames = [options.frames] if options.save_every else []
+    outputs = [('--output', path) for path in filter(None, places)] + [('--log', options.log)] * bool(options.log)
+    for flag, path in outputs + [('--frames', path) for path in frames]:
         if any(same_file(path, other) for other in read if other):
             raise UserError(f'{flag} {path!r} is one of the inputs and would overwrite it.', f'choose another {flag}')
+    for flag, path in outputs:
         if os.path.isdir(path):
             raise UserError(f'{flag} {path!r} is a folder.', 'add a file name to it')
-        if is_special(path):
-            if flag != '--log' or not is_stream(path):
-                raise UserError(f'{flag} {path!r} is not a file.', f'choose another {flag}')
-            continue
+        if is_special(path) and (flag != '--log' or not is_stream(path)):
+            raise UserError(f'{flag} {path!r} is not a file.', f'choose another {flag}')
+        if any(same_file(path, folder) or same_file(os.path.dirname(path) or '.', folder) and
+               re.fullmatch(r'\d{4,}\.png|command\.txt|run-\d+', os.path.basename(path)) for folder in frames):
+            raise UserError(f'{flag} {path!r} has the name of a frame or of the folder of --frames.',
+                            f'choose another {flag} or --frames')
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(path)                                               # a name may be too long
-        folders[flag] = os.path.dirname(path) or '.'
-    if options.log and any(same_file(options.log, path) for path in outputs):
+    if options.log and any(same_file(options.log, path) for flag, path in outputs if flag == '--output'):
         raise UserError('--log is the same file as the output or its checkpoint.', 'choose another --log')
     image_format(places.output)
-    for flag, folder in folders.items():
-        if os.path.isdir(folder) or not options.check:                  # --check creates nothing
-            check_folder(folder, flag, f'choose another {flag}')
+    folders = [(flag, os.path.dirname(given_target(path)) or '.') for flag, path in outputs if not is_special(path)]
+    for flag, folder in folders + [('--frames', path) for path in frames]:
+        check_folder(folder, flag, f'choose another {flag}')
 
 
 def is_special(path):
@@ -3140,10 +3197,14 @@ def open_log(path, at):
 
 
 def check_folder(folder, flag, fix):
-    """Make a folder where it is missing, and refuse one that cannot be written."""
+    """Refuse a folder that cannot be written, or made; it is made by what writes there first."""
+    place = folder
     try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(folder)                                             # its name may be too long
+        while not os.path.lexists(place):
+            place = os.path.dirname(place) or '.'
+        tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise UserError(f'{flag}: the folder {folder!r} cannot be written: {error.strerror}.', fix) from None
 
@@ -3163,39 +3224,131 @@ UMASK = os.umask(0)
 os.umask(UMASK)
 
 
+def hidden(path):
+    """How the names of temporary files and of the lock for `path` begin, all in its folder."""
+    return f'.doodle-{zlib.crc32(os.fsencode(os.path.basename(path))):08x}-'
+
+
+def given_target(path):
+    """The file to write for `path`: where a symbolic link leads, which stays one, unless another user laid it there."""
+    return os.path.realpath(path) if os.path.islink(path) and os.lstat(path).st_uid in (os.geteuid(), 0) else path
+
+
+def opened_file(path, flags):
+    """The descriptor of a file whose name the program made up; OSError if it is a link, a FIFO or the like."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, 'it is not a file', path)
+    return descriptor
+
+
+def is_at(path, file):
+    """Whether the open `file` is still the one at `path`."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.lstat(path), os.fstat(file.fileno()))
+    return False
+
+
 @contextlib.contextmanager
-def written_whole(path):
-    """Write a binary file atomically: it appears at `path` at the end of the block, or not at all."""
+def locked(path):
+    """A block in which no other run has `path` as output or log; gives remarks. A run that dies frees it.
+
+    The lock is that of a file beside `path`, which holds process and host, and is removed at the end.
+
+    Raises
+    ------
+    UserError
+        Another run has it.
+    """
+    path, remarks, file = given_target(path), [], None
+    if os.path.exists(path) and not os.path.isfile(path):               # a device or a pipe
+        yield remarks
+        return
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    place = os.path.join(os.path.dirname(path), hidden(path) + 'lock')
+    with contextlib.ExitStack() as files:
+        try:
+            while not file or not is_at(place, file):                   # else its run removed it just now
+                file = files.enter_context(open(opened_file(place, os.O_RDWR | os.O_CREAT), 'r+', errors='replace'))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(OSError):
+                os.fchmod(file.fileno(), 0o666)                         # whoever may write here may find out
+            file.truncate(0)
+            file.write(f'{os.getpid()} {socket.gethostname()}\n')
+            file.flush()
+        except BlockingIOError:
+            found = re.match(r'([0-9]{1,10}) (.*)', file.read(300))
+            number, host = found.groups() if found else ('unknown', '')
+            where = '' if host in ('', socket.gethostname()) else f' on host {host!r}'
+            raise UserError(f'{path!r} is being written by another run, process {number}{where}.',
+                            'wait until it ends, or choose another name') from None
+        except OSError as error:
+            remarks = [bold(f'WARNING: `{path}` cannot be locked: {error.strerror}. Two runs that write it would not '
+                            'notice each other. FIX: start one at a time.')]
+        if file:
+            files.callback(remove, place, file)
+        yield remarks
+
+
+def remove(path, file):
+    """Remove the open `file`, whose lock this process has, if it is still the one at `path`."""
+    with contextlib.suppress(OSError):
+        if is_at(path, file):
+            os.unlink(path)
+
+
+@contextlib.contextmanager
+def written_whole(path, durable=False):
+    """Write a binary file atomically: it appears at `path` at the end of the block, or not at all.
+
+    A file that was there passes its mode on. What is `durable` survives a loss of power once it is there.
+    """
     folder = os.path.dirname(path) or '.'
     os.makedirs(folder, exist_ok=True)                                  # it may have been removed since `check_folder`
-    prefix = f'.doodle-{zlib.crc32(os.fsencode(os.path.abspath(path))):08x}-'
+    prefix = hidden(path)
     names = fnmatch.filter(os.listdir(folder), prefix + '*') if os.access(folder, os.R_OK) else ()
-    for name in names:
-        with contextlib.suppress(OSError), open(os.path.join(folder, name)) as file:
+    for name in (os.path.join(folder, name) for name in names):
+        with contextlib.suppress(OSError), open(opened_file(name, os.O_RDONLY)) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # unlocked: left by a killed run
-            os.unlink(file.name)
+            remove(name, file)
     while True:
         temporary = tempfile.NamedTemporaryFile(dir=folder, prefix=prefix, delete=False)
         with contextlib.suppress(OSError):                              # some file systems have no locks
             fcntl.flock(temporary, fcntl.LOCK_EX)
-        if os.path.exists(temporary.name):                              # else a run removed it before it was locked
+        if is_at(temporary.name, temporary):                            # else a run removed it before it was locked
             break
         temporary.close()
     try:
         with temporary as file:
             yield file
             file.flush()
-            os.chmod(temporary.name, 0o666 & ~UMASK)                    # temporary files have mode 0600
+            before = os.path.isfile(path) and not os.path.islink(path)
+            os.fchmod(file.fileno(), os.stat(path).st_mode & 0o777 if before else 0o666 & ~UMASK)    # it has 0600
+            if durable:
+                os.fsync(file.fileno())
             os.replace(temporary.name, path)                            # while it is locked
+            if durable:
+                sync_folder(folder)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary.name)
         raise
 
 
-def write_picture(rgb, path):
+def sync_folder(folder):
+    """Have the disk know which files are in a folder; not all file systems can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_picture(rgb, path, durable=False):
     """Write (H, W, 3) uint8 `rgb`, in the format of the ending of `path`."""
-    with written_whole(path) as file:
+    with written_whole(path, durable) as file:
         Image.fromarray(np.ascontiguousarray(rgb)).save(file, format=image_format(path), quality=95)
 
 
@@ -3206,6 +3359,8 @@ def claim_frames(folder):
     """
     for number in itertools.count(1):
         place = folder if number == 1 else os.path.join(folder, f'run-{number}')
+        if place != folder and os.path.islink(place):                   # another user may have laid it there
+            continue
         os.makedirs(place, exist_ok=True)
         if not any(re.fullmatch(r'\d{4,}\.png', name) for name in os.listdir(place)):
             command = os.path.join(place, 'command.txt')
@@ -3249,18 +3404,24 @@ def provenance(inputs, weights, options):
                                       map_channels=0 if inputs.style_map is None else inputs.style_map.shape[2]))))
 
 
-FORMAT = 1                                                            # of checkpoints
+FORMAT = 2                                                            # of checkpoints
+HEAD = 'doodle.py {}, checkpoint of format {}, sha256 {}\n'            # their first line: checksum of the rest
 
 
 def write_checkpoint(path, at):
-    """Write a `Checkpoint`: its numbers as a string of JSON, then its arrays."""
-    arrays = at.minimiser.state() | at.memory
+    """Write a `Checkpoint`: the `HEAD`, its numbers as a line of JSON, then the bytes of its arrays."""
+    state = at.minimiser.state() | at.memory
+    arrays = {name: value for name, value in state.items() if value.ndim}
     numbers = {field.name: getattr(at, field.name) for field in dataclasses.fields(at)
                if field.name not in ('minimiser', 'memory')}
-    state = dict(format=FORMAT, version=__version__, arrays=list(arrays)) | numbers
-    with written_whole(path) as file:
-        for array in (json.dumps(state), *arrays.values()):             # not .npz: zipfile hides that a disk is full
-            np.save(file, array)
+    numbers |= dict(state={name: value.item() for name, value in state.items() if not value.ndim},
+                    arrays={name: (value.dtype.str, value.shape) for name, value in arrays.items()})
+    parts = [json.dumps(numbers).encode() + b'\n', *map(np.ascontiguousarray, arrays.values())]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    with written_whole(path, durable=True) as file:
+        file.writelines([HEAD.format(__version__, FORMAT, digest.hexdigest()).encode(), *parts])
 
 
 def find_checkpoint(path, header, resume):
@@ -3297,29 +3458,76 @@ def read_checkpoint(path, header):
     """
     restart = 'leave --resume out, to start anew'
     try:
-        with open(path, 'rb') as file:
-            state = json.loads(str(np.load(file)))
-            version, number = state.pop('version', 'before 1.0.0'), state.pop('format', 0)
-            if number != FORMAT:
-                raise UserError(f'{path!r} is a checkpoint of format {number} by doodle.py {version}, and this is '
-                                f'{__version__}, whose format is {FORMAT}.', f'resume with that version, or {restart}')
-            arrays = {name: np.load(file) for name in state.pop('arrays')}
-        differences = differing(state['header'], header)
-        minimiser = Minimiser(arrays['image'])
-        minimiser.restore(arrays)
-        at = Checkpoint(**state, minimiser=minimiser, memory=arrays)
+        with open(opened_file(path, os.O_RDONLY), 'rb') as file:
+            check_head(file, path, header, restart)
+            numbers, state = read_state(file)
+        at = Checkpoint(**numbers)
+        differences = differing(at.header, header)
+        if not differences:
+            at.minimiser = check_progress(at, header)
+            at.minimiser.restore(state)
+            at.memory = {name: value for name, value in state.items() if name not in vars(at.minimiser)}
     except UserError:
         raise
     except Exception as error:  # a broken file can raise anything
         raise UserError(f'{path!r} cannot be read as a checkpoint: {one_line(error)}.', f'delete it, or {restart}'
                         ) from None
     for name, before, after in differences:
-        values = f': {before} then, {after} now' if name.startswith('--') else ''
+        values = f': {before!r:.99} then, {after!r:.99} now' if name.startswith('--') else ''
         raise UserError(f'{path!r} is of a run in which {name} was another{values}.',
                         f'resume with what it was, or {restart}')
-    if at.header['options']['frames'] != header['options']['frames']:
-        at.frames = None
+    folder = os.path.realpath(header['options']['frames'])
+    if (at.header['options']['frames'] != header['options']['frames'] or not os.path.isdir(at.frames or '') or
+            os.path.commonpath([os.path.realpath(at.frames), folder]) != folder):
+        at.frames = None                                                # claim a folder anew
     return at
+
+
+def check_head(file, path, header, restart):
+    """Refuse a checkpoint of another format, one too large for the run of `header`, or one that is damaged."""
+    line = file.readline(200)
+    head = re.fullmatch(HEAD.format(r'([\w.]{1,20})', r'(\d{1,9})', '([0-9a-f]{64})').encode(), line)
+    if not head and b"NUMPY\x01\x00v\x00{'descr': '<U" not in line:   # a string: format 1
+        raise ValueError('it does not begin like one')
+    version, number, checksum = map(bytes.decode, head.groups()) if head else ('(an earlier one)', '1', None)
+    if number != str(FORMAT):
+        raise UserError(f'{path!r} is a checkpoint of format {number} by doodle.py {version}, and this is '
+                        f'{__version__}, whose format is {FORMAT}.', f'resume with that version, or {restart}')
+    pixels = math.prod(header['shapes']['output']) + copy_count(argparse.Namespace(**header['options'])) * math.prod(
+        header['shapes']['style'])
+    if os.fstat(file.fileno()).st_size > 5000 * pixels + 10 ** 7:       # ten times what this run could write
+        raise ValueError('it is far larger than one of this run')
+    place = file.tell()
+    if hashlib.file_digest(file, 'sha256').hexdigest() != checksum:
+        raise ValueError('it is damaged, as its checksum tells')
+    file.seek(place)
+
+
+def read_state(file):
+    """What follows the `HEAD` of a checkpoint: its numbers, and the state of minimiser and objective."""
+    numbers = json.loads(file.readline())
+    kinds, state = numbers.pop('arrays'), {name: np.array(value) for name, value in numbers.pop('state').items()}
+    counts = [math.prod(shape) for _, shape in kinds.values()]
+    if any(kind not in ('<f8', '<f4', '<i8', '<i4') or min(shape) < 0 for kind, shape in kinds.values()):
+        raise ValueError('it has arrays of another kind')
+    if sum(count * int(kind[2]) for count, (kind, _) in zip(counts, kinds.values())) != (
+            os.fstat(file.fileno()).st_size - file.tell()):
+        raise ValueError('its arrays are not as long as they should be')
+    for count, (name, (kind, shape)) in zip(counts, kinds.items()):
+        state[name] = np.fromfile(file, kind, count).reshape(shape)
+    return numbers, state
+
+
+def check_progress(at, header):
+    """A `Minimiser` of the size of the phase that a checkpoint is in; ValueError if its numbers are none of a run's."""
+    phases, iterations = (header['options'][name] for name in ('phases', 'iterations'))
+    if not (all(type(number) is int for number in (at.phase, at.evaluation, at.number)) and
+            0 <= at.phase < phases and 0 <= at.evaluation <= iterations and
+            0 < at.number == at.phase * iterations + at.evaluation and
+            type(at.error) is float and 0 <= at.error <= 255 and type(at.frames) in (str, type(None)) and
+            type(at.header['random_seed']) is int and 0 <= at.header['random_seed'] < 10 ** 9):
+        raise ValueError('its numbers are none that a run counts')
+    return Minimiser(np.zeros((3, *phase_size(header['shapes']['output'], at.phase, phases))))
 
 
 def differing(then, now):
@@ -3478,13 +3686,13 @@ class Journal:
         for path in filter(None, (self.places.output, self.places.copy)):
             done = False
             with self.spared(path):
-                write_picture(picture, path)
+                write_picture(picture, given_target(path), durable=True)
                 done = True
         for folder in (self.options.frames, '.', '~', tempfile.gettempdir(), '/dev/shm') if last and not done else ():
             name = f'doodle-{secrets.token_hex(4)}-{os.path.basename(self.places.output)}'
             path = os.path.join(os.path.expanduser(folder), name)
             with contextlib.suppress(OSError):
-                write_picture(picture, path)
+                write_picture(picture, path, durable=True)
                 self.places, done = self.places._replace(output=path, copy=None), True
                 break
         self.saved = at.minimiser.image if done else None
@@ -3510,6 +3718,8 @@ def paint_and_save(objective, inputs, options, at, journal):
         saved = f'the last good image is in {kept(journal.places)}' if journal.save(at) else 'nothing was saved'
         raise UserError(f'The loss is no longer a number after {at.number} evaluations; {saved}.',
                         'try smaller weights, or another --random-seed') from None
+    except UserError:                                                   # a checkpoint that was tampered with
+        raise
     except Exception:                                                   # for example a lack of memory
         if journal.save(at):
             say(f'\nAfter {at.number} evaluations the image so far is in {kept(journal.places)}.')

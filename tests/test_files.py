@@ -118,6 +118,65 @@ def test_what_another_run_is_writing_stays(doodle, tmp_path):
     assert contents(tmp_path) == {path.relative_to(tmp_path): b'the last'}
 
 
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir, lambda path: os.symlink('other', path)])
+def test_what_is_no_leftover_but_has_the_name_of_one_stays_and_holds_up_nothing(doodle, tmp_path, make):
+    path, other = tmp_path / 'a', tmp_path / 'other'
+    other.write_bytes(b'kept')
+    names = [str(tmp_path / doodle.hidden(str(path))) + end for end in ('lock', 'x')]
+    for name in names:
+        make(name)
+    with doodle.written_whole(str(path)) as file:
+        file.write(b'whole')
+    with doodle.locked(str(path)) as remarks:
+        assert 'cannot be locked' in remarks[0]
+    assert all(map(os.path.lexists, names)) and path.read_bytes() == b'whole' and other.read_bytes() == b'kept'
+
+
+def test_an_output_that_is_a_link_stays_one_and_its_mode_stays(doodle, tmp_path):
+    (tmp_path / 'deep').mkdir()
+    target, link = tmp_path / 'deep/target.png', tmp_path / 'link.png'
+    target.write_bytes(b'before')
+    target.chmod(0o640)
+    link.symlink_to('deep/target.png')
+    doodle.write_picture(np.zeros((2, 2, 3), np.uint8), doodle.given_target(str(link)))
+    assert os.readlink(link) == 'deep/target.png' and target.stat().st_mode & 0o7777 == 0o640
+    assert read(target).shape == (2, 2, 3)
+
+
+def test_a_link_that_another_user_laid_there_is_replaced(doodle, tmp_path, monkeypatch):
+    (tmp_path / 'mine').write_bytes(b'kept')
+    (tmp_path / 'o.png').symlink_to('mine')
+    lstat = os.lstat
+    monkeypatch.setattr(os, 'lstat', lambda path: SimpleNamespace(st_uid=12345, st_mode=lstat(path).st_mode))
+    assert doodle.given_target(str(tmp_path / 'o.png')) == str(tmp_path / 'o.png')
+
+
+def test_frames_are_not_written_through_links_that_lie_there(doodle, tmp_path):
+    frames, away = tmp_path / 'frames', tmp_path / 'away'
+    away.mkdir()
+    assert doodle.claim_frames(str(frames)) == str(frames)
+    (frames / 'run-2').symlink_to(away)
+    (frames / '0000.png').symlink_to(away / 'a.png')
+    doodle.write_picture(np.zeros((2, 2, 3), np.uint8), str(frames / '0000.png'))
+    assert doodle.claim_frames(str(frames)).endswith('run-3') and os.listdir(away) == []
+
+
+@pytest.mark.parametrize('durable', [True, False])
+def test_what_must_survive_a_loss_of_power_is_on_the_disk_before_it_is_there(doodle, tmp_path, monkeypatch, durable):
+    synced, fsync = [], os.fsync
+
+    def noted(descriptor):
+        synced.append((os.path.realpath(f'/proc/self/fd/{descriptor}'), (tmp_path / 'a.png').exists()))
+        fsync(descriptor)
+    monkeypatch.setattr(os, 'fsync', noted)
+    doodle.write_picture(np.zeros((2, 2, 3), np.uint8), str(tmp_path / 'a.png'), durable)
+    if not durable:
+        assert synced == []
+        return
+    (file, there), folder = synced
+    assert os.path.dirname(file) == str(tmp_path) and not there and folder == (str(tmp_path), True)
+
+
 def test_many_may_write_one_file_at_once(doodle, tmp_path):
     """None takes what another has just begun, or has just ended, for a leftover."""
     def write(number):

@@ -841,10 +841,46 @@ def test_an_ending_that_is_no_picture_is_refused(refused, pictures, name):
     assert repr(name) in problem and '.png' in fix
 
 
-def test_the_folder_of_the_result_is_made(pictures):
+def test_the_folder_of_the_result_is_made_once_a_run_writes(pictures):
     options = doodle.parse_options(['--style=texture_style.png', '--output=new/deep/out.png', '--log=other/log'])
     doodle.check_files(options, doodle.place_output(options))
+    assert not os.path.exists('new') and not os.path.exists('other')
+    with doodle.locked(options.output), doodle.locked(options.log):
+        assert len(os.listdir('new/deep')) == len(os.listdir('other')) == 1
     assert os.listdir('new/deep') == os.listdir('other') == []
+
+
+def test_a_device_or_a_pipe_is_never_replaced(refused, pictures):
+    os.symlink('/dev/full', 'device.png')
+    os.mkfifo('pipe.png')
+    for name in ('device.png', 'pipe.png'):
+        assert 'is a device or a pipe' in refused(*FACES, f'--output={name}')[0]
+
+
+def test_frames_with_too_long_a_name_are_refused(refused, pictures):
+    assert 'File name too long' in refused(*FACES, f'--frames={"x" * 300}')[0]
+
+
+@pytest.mark.parametrize('option', ['--log', '--frames'])
+@pytest.mark.parametrize('read', ['doodle.py', 'vgg16.npz', 'samples/automaps.py'])
+@pytest.mark.parametrize('way', [None, os.symlink, os.link])
+def test_the_program_and_its_weights_are_never_written(refused, pictures, monkeypatch, read, option, way):
+    place = shutil.copytree(ROOT, pictures / 'program', ignore=lambda folder, names: [
+        name for name in names if name not in ('doodle.py', 'vgg16.npz', 'samples', 'automaps.py')])
+    monkeypatch.setattr(doodle, '__file__', str(place / 'doodle.py'))
+    path = place / read
+    if way:
+        way(path, 'other')
+        path = 'other'
+    problem, _ = refused(*FACES, f'{option}={path}')
+    assert problem.startswith(f'{option} {str(path)!r} is one of the inputs')
+
+
+@pytest.mark.parametrize('arguments', [
+    ['--frames=a.png'], ['--frames=log', '--log=log'], ['--output=frames/0001.png'], ['--log=frames/command.txt'],
+    ['--frames=a.png.checkpoint'], ['--output=0000.png', '--frames=.'], ['--log=frames/run-2']])
+def test_output_log_and_frames_are_not_each_other(refused, pictures, arguments):
+    assert '--frames' in refused(*FACES, '--output=a.png', *arguments)[0]
 
 
 def test_frames_and_log_that_would_be_lost_with_a_container_are_told(pictures, monkeypatch):

@@ -248,3 +248,22 @@ def test_after_a_loss_that_is_no_number_the_matches_are_computed_anew(doodle):
     evaluate_anew()
     found = objective.style['2_1'].matches.get_value()
     assert (found == anew.style['2_1'].matches.get_value()).all() and (found != matches).any()
+
+
+@pytest.mark.parametrize('name, forged', [
+    ('matches 2_1', lambda values: values[:-1]), ('matches 2_1', lambda values: values - values.max() - 1),
+    ('matches 2_1', lambda values: values + 99), ('matches 2_1', lambda values: values[None]),
+    ('matches 2_1', np.float64), ('fresh', np.int8), ('fresh', lambda values: values[None]), ('matches 3_1', np.array),
+    ('history 2_1', lambda values: values[:-1]), ('history 2_1', lambda values: values * np.float32(np.nan)),
+    ('history 2_1', np.float64)])
+def test_matches_of_a_forged_checkpoint_are_refused(doodle, name, forged):
+    weights = doodle.Weights('vgg19', {name[4:]: pair for name, pair in thin_weights().items()}, '', '')
+    options = ['--style=-', '--style-layers=2_1', '--content-weight=0', '--cache=1', '--variety=1']
+    objective = doodle.Objective(weights, doodle.parse_options(options), False, False, fast=True)
+    style, image = (np.random.default_rng(seed).uniform(0, 255, (3, 24, 22)) for seed in (1, 2))
+    objective.set_phase(None, style, None, None, (22, 24))
+    loss, state = objective(image).total, objective.state()
+    with pytest.raises(doodle.UserError, match='its matches are not those of this run'):
+        objective.restore(state | {name: forged(state.get(name))})
+    objective.restore(state)
+    assert objective(image).total == loss

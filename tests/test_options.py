@@ -628,7 +628,7 @@ def test_the_lock_of_a_run_that_is_gone_is_passed_over_and_said(lock):
     assert len(said) == 1 and 'gone' in said[0] and seconds < 1
     for owner in (f'{os.getpid()}_1_other-host', '', None, 'no lock at all'):
         said, seconds = lock(owner)
-        assert len(said) == 2 and 'Waiting' in said[0] and 'gone' in said[1] and 1.4 < seconds < 4
+        assert len(said) == 2 and 'Waiting' in said[0] and 'gone' in said[1] and 1.4 < seconds
 
 
 def test_a_process_that_got_the_number_of_one_that_is_gone_is_not_it(lock):
@@ -639,7 +639,7 @@ def test_a_process_that_got_the_number_of_one_that_is_gone_is_not_it(lock):
 @pytest.mark.parametrize('host', [HOST, 'other-host', 'host_with_bars'])
 def test_a_live_lock_is_waited_for_and_said_once(lock, host):
     said, seconds = lock(f'{os.getpid()}_1_{host}', left)
-    assert len(said) == 1 and f'process {os.getpid()} on {host}' in said[0] and 3.9 < seconds < 6
+    assert len(said) == 1 and f'process {os.getpid()} on {host}' in said[0] and 3.9 < seconds
 
 
 def test_who_compiles_shows_that_it_lives(doodle, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fuzz_checkpoints
 import kill
 from conftest import ROOT, NoNetwork, mostly_slow
 from golden_data import FOLDER
@@ -260,14 +262,7 @@ def test_a_broken_checkpoint_is_refused_and_kept(painted, content):
     elif content == 'empty':
         np.savez(open(CHECKPOINT, 'wb'), image=np.zeros(3))
     elif content == 'lacking':
-        with open(CHECKPOINT, 'r+b') as file:
-            state = json.loads(str(np.load(file)))
-            arrays = {name: np.load(file) for name in state['arrays']}
-            file.truncate(0)
-            file.seek(0)
-            del arrays['work']
-            for array in (json.dumps(state | {'arrays': list(arrays)}), *arrays.values()):
-                np.save(file, array)
+        rewrite(lambda numbers, arrays: arrays.pop('work'))
     else:
         with open(CHECKPOINT, 'r+b') as file:
             whole = file.read()
@@ -280,30 +275,106 @@ def test_a_broken_checkpoint_is_refused_and_kept(painted, content):
     assert open(CHECKPOINT, 'rb').read() == before
 
 
-def rewritten(**changes):
-    """Change what a checkpoint says of itself; None takes it out."""
-    with open(CHECKPOINT, 'r+b') as file:
-        state = json.loads(str(np.load(file))) | changes
-        arrays = [np.load(file) for _ in state['arrays']]
-        file.truncate(0)
-        file.seek(0)
-        for array in (json.dumps({name: value for name, value in state.items() if value is not None}), *arrays):
-            np.save(file, array)
+def rewrite(change, version='1.0.0', format=2):
+    """Change the numbers and the arrays of a checkpoint, {name: array}, and make its checksum right."""
+    with open(CHECKPOINT, 'rb') as file:
+        file.readline()
+        numbers, rest = json.loads(file.readline()), file.read()
+    arrays, place = {}, 0
+    for name, (kind, shape) in numbers['arrays'].items():
+        count = int(np.prod(shape))
+        arrays[name] = np.frombuffer(rest, kind, count, place).reshape(shape).copy()
+        place += arrays[name].nbytes
+    assert place == len(rest)
+    change(numbers, arrays)
+    numbers['arrays'] = {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
+    rest = b'\n'.join([json.dumps(numbers).encode(), b''.join(array.tobytes() for array in arrays.values())])
+    head = f'doodle.py {version}, checkpoint of format {format}, sha256 {hashlib.sha256(rest).hexdigest()}\n'
+    with open(CHECKPOINT, 'wb') as file:
+        file.write(head.encode() + rest)
 
 
 def test_another_version_is_resumed_and_another_format_is_not(doodle, painted):
     with pytest.raises(Killed):
         painted(at={12: stop(Killed)})
-    for changes, words in ((dict(format=99, version='9.8.7'), 'format 99 by doodle.py 9.8.7'),
-                           (dict(format=None, version=None), 'format 0 by doodle.py before 1.0.0')):
-        shutil.copy(CHECKPOINT, 'kept')
-        rewritten(**changes)
+    shutil.copy(CHECKPOINT, 'kept')
+    rewrite(lambda *_: None, version='9.8.7', format=99)
+    new = open(CHECKPOINT, 'rb').read()
+    with open(CHECKPOINT, 'wb') as file:
+        np.save(file, '{"format": 1}')
+    for content, words in ((new, 'format 99 by doodle.py 9.8.7'), (open(CHECKPOINT, 'rb').read(), 'format 1 by')):
+        with open(CHECKPOINT, 'wb') as file:
+            file.write(content)
         refused = painted('--resume')
         assert refused.code == 2 and words in refused.err and f'this is {doodle.__version__}, ' in refused.err
         assert refused.err.count('\n') == 2 and not refused.asked
-        shutil.copy('kept', CHECKPOINT)
-    rewritten(version='0.9')
+    shutil.copy('kept', CHECKPOINT)
+    rewrite(lambda *_: None, version='0.9')
     assert painted('--resume').code == 0
+
+
+@pytest.mark.slow
+def test_damaged_and_forged_checkpoints_are_refused_or_harmless():
+    """The short form of fuzz_checkpoints.py."""
+    found = fuzz_checkpoints.fuzz(300, seed=1)
+    assert set(found.damaged) <= {'refused', 'identical'} and found.damaged['refused'] > 250
+    assert set(found.forged) <= {'refused', 'identical', 'another'} and found.forged['refused'] > 150
+
+
+FORGED = {
+    'phase': -1, 'evaluation': 21, 'number': 11, 'error': -1., 'frames': 7, 'header': None, 'limit': -1.,
+    'x': 300., 'image': np.nan, 'work': np.inf, 'gradient': np.nan, 'indices 3': -1, 'indices -1': 10**9,
+    'integers 3': 10**6, 'integers 15': -1, 'integers 26': 5, 'integers 27': 6, 'integers 28': -1, 'integers 30': -3,
+    'integers 37': 10**9, 'task': 1, 'logicals 1': 0, 'doubles': np.nan, 'unknown': 0}
+
+
+@pytest.mark.parametrize('field', FORGED)
+def test_a_forged_checkpoint_is_refused_before_anything_uses_it(painted, field):
+    with pytest.raises(Killed):
+        painted(at={12: stop(Killed)})
+    name, *place = field.split()
+
+    def forge(numbers, arrays):
+        if name in arrays:
+            arrays[name].ravel()[int(place[0]) if place else 0] = FORGED[field]
+        else:
+            (numbers['state'] if name in numbers['state'] else numbers)[name] = FORGED[field]
+    rewrite(forge)
+    refused = painted('--resume')
+    assert refused.code == 2 and 'cannot be read as a checkpoint: ' in refused.err and refused.err.count('\n') == 2
+    assert not refused.asked and not os.path.exists('o.png')
+
+
+@pytest.mark.parametrize('frames', ['elsewhere', 'frames/../elsewhere', 'frames/away', 'frames/missing', '/'])
+def test_a_checkpoint_does_not_lead_the_frames_elsewhere(painted, frames):
+    os.makedirs('elsewhere')
+    with pytest.raises(Killed):
+        painted(at={12: stop(Killed)})
+    os.symlink('../elsewhere', 'frames/away')
+    rewrite(lambda numbers, arrays: numbers.update(frames=frames))
+    assert painted('--resume').code == 0
+    assert os.listdir('elsewhere') == [] and len(os.listdir('frames/run-2')) == 7
+
+
+def test_what_a_checkpoint_says_is_shown_without_its_escapes(painted):
+    with pytest.raises(Killed):
+        painted(at={12: stop(Killed)})
+    rewrite(lambda numbers, arrays: numbers['header']['options'].update(seed='\033[31m' + 1000 * 'x'))
+    error = painted('--resume').err
+    assert "--seed was another: '\\x1b[31mxxx" in error and '\033' not in error and len(error) < 400
+    rewrite(lambda *_: None, version='\033[31m')
+    assert 'does not begin like one' in painted('--resume').err
+
+
+def test_a_checkpoint_is_not_read_through_a_link(painted):
+    with pytest.raises(Killed):
+        painted(at={12: stop(Killed)})
+    os.rename(CHECKPOINT, 'another')
+    os.symlink('another', CHECKPOINT)
+    assert 'cannot be read as a checkpoint' in painted('--resume').err
+    os.remove(CHECKPOINT)
+    os.mkfifo(CHECKPOINT)
+    assert 'it is not a file' in painted('--resume').err
 
 
 def test_a_checkpoint_that_is_not_wanted_is_mentioned_and_replaced(painted):
@@ -324,8 +395,8 @@ def test_a_signal_between_evaluations_waits_until_all_know_of_the_last(doodle, p
     whole, calls, owner = painted('--random-seed=3'), [], doodle if where == 'write_picture' else doodle.Journal
     function = getattr(owner, where)
 
-    def signalled(*arguments):
-        function(*arguments)
+    def signalled(*arguments, **how):
+        function(*arguments, **how)
         calls.append(signal.raise_signal(signal.SIGTERM) if len(calls) == 3 else None)
     with monkeypatch.context() as patched:
         patched.setattr(owner, where, signalled)
@@ -677,6 +748,66 @@ def test_a_machine_too_small_for_any_size_is_said_to_be_so(doodle, refused, monk
 
 
 # ---- several runs at once --------------------------------------------------------------------------------------------
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else os.lstat(path).st_mtime_ns for path in folder.rglob('*')}
+
+
+@pytest.mark.parametrize('arguments', [[], ['--resume'], ['--log=other'], ['--output=p.png'], ['--output=link.png'],
+                                       ['--frames=new/frames'], ['--resume', '--output=../{}/o.png']])
+def test_a_second_run_with_an_output_or_log_is_refused_and_touches_nothing(painted, tmp_path, monkeypatch, arguments):
+    os.symlink('o.png', 'link.png')
+
+    def second():
+        before = contents(tmp_path)
+        command = [sys.executable, ROOT / 'doodle.py', *FACES, *(text.format(tmp_path.name) for text in arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 2 and done.stderr.count('\n') == 2, done.stderr
+        assert f' is being written by another run, process {os.getpid()}.' in done.stderr
+        assert contents(tmp_path) == before
+        return 1e12
+    first = painted(at={13: second})
+    assert (first.code, first.err) == (0, '') and len(first.asked) == 40 and not list(tmp_path.glob('.doodle-*'))
+
+
+def test_a_run_of_another_machine_is_named_with_its_host(painted, doodle, monkeypatch):
+    with doodle.locked('o.png'):
+        monkeypatch.setattr(doodle.socket, 'gethostname', lambda: 'another')
+        here = os.uname().nodename
+        assert f'process {os.getpid()} on host {here!r}.' in painted().err
+
+
+def test_a_lock_that_a_killed_run_left_is_taken_over_and_removed(painted, tmp_path):
+    code = 'import doodle, os; lock = doodle.locked("o.png"); lock.__enter__(); os._exit(9)'
+    subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert len(list(tmp_path.glob('.doodle-*-lock'))) == 1
+    assert painted().code == 0 and not list(tmp_path.glob('.doodle-*'))
+
+
+def test_of_many_runs_only_one_at_a_time_has_a_lock(tmp_path):
+    code = '''
+import doodle, os, time
+for _ in range(300):
+    try:
+        with doodle.locked('o.png'):
+            os.close(os.open('alone', os.O_CREAT | os.O_EXCL))
+            os.unlink('alone')
+    except doodle.UserError:
+        pass
+'''
+    runs = [subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+            for _ in range(6)]
+    assert [process.wait() for process in runs] == [0] * 6 and os.listdir(tmp_path) == []
+
+
+def test_a_file_system_without_locks_is_told_and_painted_on(painted, doodle, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr(doodle.fcntl, 'flock', flock)
+    done = painted('--log=/dev/null')
+    assert done.code == 0 and done.out.count('cannot be locked: No locks available') == 1
+    assert not list(tmp_path.glob('.doodle-*-lock'))
+
 
 @pytest.mark.slow
 def test_ten_runs_at_once_do_not_disturb_each_other(tmp_path):
