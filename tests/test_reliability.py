@@ -328,7 +328,7 @@ FORGED = {
     'integers 37': 10**9, 'task': 1, 'logicals 1': 0, 'doubles': np.nan, 'unknown': 0}
 
 
-@pytest.mark.parametrize('field', FORGED)
+@pytest.mark.parametrize('field', mostly_slow(FORGED, 'header', 'limit', 'work', 'indices -1', 'integers 3'))
 def test_a_forged_checkpoint_is_refused_before_anything_uses_it(painted, field):
     with pytest.raises(Killed):
         painted(at={12: stop(Killed)})
@@ -345,7 +345,8 @@ def test_a_forged_checkpoint_is_refused_before_anything_uses_it(painted, field):
     assert not refused.asked and not os.path.exists('o.png')
 
 
-@pytest.mark.parametrize('frames', ['elsewhere', 'frames/../elsewhere', 'frames/away', 'frames/missing', '/'])
+@pytest.mark.parametrize('frames', mostly_slow(
+    ['elsewhere', 'frames/../elsewhere', 'frames/away', 'frames/missing', '/'], 'frames/away'))
 def test_a_checkpoint_does_not_lead_the_frames_elsewhere(painted, frames):
     os.makedirs('elsewhere')
     with pytest.raises(Killed):
@@ -753,8 +754,9 @@ def contents(folder):
     return {path: path.read_bytes() if path.is_file() else os.lstat(path).st_mtime_ns for path in folder.rglob('*')}
 
 
-@pytest.mark.parametrize('arguments', [[], ['--resume'], ['--log=other'], ['--output=p.png'], ['--output=link.png'],
-                                       ['--frames=new/frames'], ['--resume', '--output=../{}/o.png']])
+@pytest.mark.parametrize('arguments', mostly_slow(
+    [['--resume'], ['--log=other'], ['--output=p.png'], ['--output=link.png', '--log=other'], ['--frames=new/frames'],
+     ['--resume', '--output=../{}/o.png']], ['--resume'], ['--output=p.png']))
 def test_a_second_run_with_an_output_or_log_is_refused_and_touches_nothing(painted, tmp_path, monkeypatch, arguments):
     os.symlink('o.png', 'link.png')
 
