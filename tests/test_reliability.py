@@ -492,7 +492,7 @@ def special(kind, path):
 @pytest.mark.parametrize('flag, name, kind', [
     *(('--output', 'o.png', kind) for kind in ('fifo', 'socket', 'null')),
     *(('--output', 'o.png.checkpoint', kind) for kind in ('fifo', 'socket', 'zero')),
-    *(('--log', 'other', kind) for kind in ('socket', 'zero', 'mem'))])
+    *(('--log', 'other', kind) for kind in ('socket', 'zero', 'random'))])
 @pytest.mark.parametrize('resume', [[], ['--resume']])
 def test_what_is_no_file_is_refused_at_once(painted, flag, name, kind, resume):
     special(kind, name)
