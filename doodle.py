@@ -1716,9 +1716,9 @@ def choose_slices(inputs, options, device):
 def check_compiler(compiler='g++'):
     """Refuse to run without compiler or Python's headers: Theano would silently run a hundred times slower."""
     if not shutil.which(compiler):
-        raise UserError(f'There is no {compiler or "compiler"}, which compiles the network.',
-                        'install g++ (Debian: apt-get install g++)' +
-                        ', or correct cxx= in THEANO_FLAGS or .theanorc' * (compiler != 'g++'))
+        if compiler != 'g++':
+            raise UserError(f'cxx={compiler} in THEANO_FLAGS or .theanorc is no compiler.', 'leave it out')
+        raise UserError('There is no g++, which compiles the network.', 'install g++ (Debian: apt-get install g++)')
     if not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
         raise UserError("Python's headers are missing.", 'install them (Debian: apt-get install python3-dev)')
 

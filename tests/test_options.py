@@ -473,7 +473,7 @@ def test_keys_that_break_the_program_are_overridden(run, tmp_path, where):
 
 
 @pytest.mark.parametrize('flags, named', [
-    ('cxx=', 'no compiler'), ('cxx=none', 'no none'), ('cxx=/bin/false', '/bin/false'),
+    ('cxx=', 'cxx= '), ('cxx=none', 'cxx=none'), ('cxx=/bin/false', '/bin/false'),
     ('optimizer=fast', '"optimizer"'),
     ('base_compiledir=/dev/null/x', "'/dev/null/x/"), ('compiledir=/dev/null/x', "'/dev/null/x'"),
     ('optimizer_verbose=perhaps', 'optimizer_verbose'), ("gcc.cxxflags='-O1", 'THEANO_FLAGS'),

@@ -567,12 +567,12 @@ def special(kind, path):
 @pytest.mark.parametrize('flag, name, kind', [
     *(('--output', 'o.png', kind) for kind in ('fifo', 'socket', 'null')),
     *(('--output', 'o.png.checkpoint', kind) for kind in ('fifo', 'socket', 'zero')),
-    *(('--log', 'log', kind) for kind in ('socket', 'zero', 'mem'))])
+    *(('--log', 'other', kind) for kind in ('socket', 'zero', 'random'))])
 @pytest.mark.parametrize('resume', [[], ['--resume']])
 def test_what_is_no_file_is_refused_at_once(painted, flag, name, kind, resume):
     special(kind, name)
     before = os.lstat(name)
-    done = painted(*resume)
+    done = painted(*resume, *['--log=other'] * (flag == '--log'))
     assert done.code == 2 and f"{flag} '{name}' is not a file" in done.err and not done.asked
     assert os.lstat(name) == before
 
