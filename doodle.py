@@ -75,6 +75,7 @@ import types
 import urllib.parse
 import urllib.request
 import warnings
+import zipfile
 import zlib
 from collections import namedtuple
 
@@ -1284,49 +1285,194 @@ PATIENCE = 10                                                         # seconds 
 Weights = namedtuple('Weights', 'kind layers path sha256')
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Loads NumPy arrays and nothing else: a pickle could run any code."""
+# An array in a file of weights, as the network has it, (out, in, 3, 3) or (out,): `read` reads its numbers.
+Stored = namedtuple('Stored', 'shape dtype read')
+
+
+class Bounded:
+    """A file whose reads are bounded in number and bytes: those of VGG19 in float64 and the wordiest protocol fit."""
+
+    def __init__(self, file):
+        self.file, self.reads, self.bytes = file, 1 << 15, 1 << 29
+
+    def take(self, method, size):
+        """What `method` of the file reads, at most `size` bytes; ValueError if that is more than weights need."""
+        self.reads -= 1
+        if size > min(self.bytes, 1 << 27) or self.reads < 0:
+            raise ValueError('it is larger than any file of weights')
+        found = method(size)
+        self.bytes -= len(found)
+        return found
+
+    def read(self, size):
+        return self.take(self.file.read, size)
+
+    def readline(self):
+        line = self.take(self.file.readline, min(self.bytes, 1 << 27))
+        if line[-1:] != b'\n':
+            raise ValueError('it ends within a line, or has one longer than any file of weights')
+        return line
+
+
+class Recorded:
+    """Stands for what a pickle names and calls: it records arguments and state, and does nothing."""
+
+    def __init__(self, name, arguments=(), state=()):
+        self.name, self.arguments, self.state = name, arguments, state
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+# The opcodes that pickles of arrays have, in protocols 0 to 5, from Python 2 and 3.
+OPCODES = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE),
+    *(pickle.BUILD, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1),
+    *(pickle.BININT2, pickle.LONG, pickle.LONG1, pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING),
+    *(pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINBYTES),
+    *(pickle.SHORT_BINBYTES, pickle.BINBYTES8, pickle.BYTEARRAY8, pickle.EMPTY_LIST, pickle.LIST, pickle.APPEND),
+    *(pickle.APPENDS, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.PUT),
+    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.GET, pickle.BINGET, pickle.LONG_BINGET))
+
+
+class ArrayUnpickler(pickle._Unpickler):
+    """Reads what a pickle says of NumPy arrays, and builds and calls nothing: a pickle could run any code.
+
+    Its base is the unpickler in Python, since that in C reserves memory for whatever number a file names.
+    """
 
     def find_class(self, module, name):
-        admitted = {'ndarray': np.ndarray, 'dtype': np.dtype, '_frombuffer': np.core.numeric._frombuffer,
-                    '_reconstruct': np.core.multiarray._reconstruct}
-        if module.split('.')[0] == 'numpy' and name in admitted:
-            return admitted[name]
-        if (module, name) == ('_codecs', 'encode'):                   # how protocol 2 stores bytes
-            return lambda text, encoding: text.encode('latin1')
-        raise pickle.UnpicklingError(f'it asks for {module}.{name}, which no array needs')
+        if (module.split('.')[0] == 'numpy' and name in ('ndarray', 'dtype', '_frombuffer', '_reconstruct') or
+                (module, name) == ('_codecs', 'encode')):             # how protocol 2 stores bytes
+            return Recorded(name)
+        raise pickle.UnpicklingError(f'it asks for {f"{module}.{name}"[:60]!r}, which no array needs')
+
+    def load_reduce(self):
+        arguments, called = self.stack.pop(), self.stack.pop()
+        if not isinstance(arguments, tuple) or not isinstance(called, Recorded):
+            raise pickle.UnpicklingError('it makes a call that no array needs')
+        self.append(Recorded(called.name, arguments))
+
+    def load_unicode(self):
+        pickle._Unpickler.load_unicode(self)
+        self.stack[-1].encode('latin1')                               # other characters take four times the memory
+
+    def load_binunicode(self):
+        pickle._Unpickler.load_binunicode(self)
+        self.stack[-1].encode('latin1')
+
+    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in OPCODES}
+    dispatch |= {pickle.UNICODE[0]: load_unicode, pickle.BINUNICODE[0]: load_binunicode,
+                 pickle.REDUCE[0]: load_reduce, pickle.FRAME[0]: lambda self: self.read(8),
+                 pickle.BYTEARRAY8[0]: dispatch[pickle.BINBYTES8[0]]}   # the same bytes, but read before room is made
 
 
-def read_pickle(path):
+def pickled_array(array):
+    """A `Recorded` array as `Stored`, its filters turned; ValueError if it is not NumPy's float32 or float64."""
+    try:
+        if array.name == '_frombuffer':
+            numbers, kind, shape, order = array.arguments
+        else:
+            _, shape, kind, fortran, numbers = array.state
+            order = 'F' if fortran else 'C'
+        (size, *_), (_, ends, *_) = kind.arguments, kind.state
+        if isinstance(numbers, Recorded):                             # a call of _codecs.encode
+            numbers = numbers.arguments[0]
+        if isinstance(numbers, str):
+            numbers = numbers.encode('latin1')
+        if (kind.state != (3, ends, None, None, None, -1, -1, 0) or ends not in ('<', '>') or size not in ('f4', 'f8')
+                or not all(type(length) is int for length in shape) or not isinstance(numbers, bytes)):
+            raise ValueError
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError('what should be an array of float32 or float64 is none') from None
+
+    def read():
+        values = np.frombuffer(numbers, ends + size).reshape(shape, order=order)
+        return np.flip(values, (2, 3)) if values.ndim == 4 else values
+    return Stored(tuple(shape), np.dtype(size), read)
+
+
+@contextlib.contextmanager
+def open_pickle(path):
     """The original's format: a (bz2) pickle of [W, b, W, b, ...] from conv1_1 on, filters for true convolution."""
     with (bz2.open if path.endswith('.bz2') else open)(path, 'rb') as file:
-        arrays = ArrayUnpickler(file, encoding='latin1').load()
+        try:
+            arrays = ArrayUnpickler(Bounded(file), encoding='latin1').load()
+        except (LookupError, AttributeError, TypeError):              # an unknown opcode, or one that lacks operands
+            raise ValueError('it is no pickle of arrays') from None
     kinds = {2 * sum(blocks): kind for kind, blocks in BLOCKS.items()}
     if not isinstance(arrays, list) or len(arrays) not in kinds:
         raise ValueError('it is not a list of 32 arrays (VGG19) or 26 (VGG16)')
-    names = layer_names(kinds[len(arrays)])
-    return {name: (W[:, :, ::-1, ::-1], b) for name, W, b in zip(names, arrays[::2], arrays[1::2])}
+    arrays = [pickled_array(array) for array in arrays]
+    yield dict(zip(layer_names(kinds[len(arrays)]), zip(arrays[::2], arrays[1::2])))
 
 
-def read_h5(path):
+def h5_array(item):
+    """An HDF5 dataset as `Stored`; ValueError if it is not plain floats in the file itself, packed to their size."""
+    from h5py import h5d, h5t, h5z
+    how, packed = item.id.get_create_plist(), h5z.FILTER_DEFLATE
+    used = [how.get_filter(k)[0] for k in range(how.get_nfilters())]
+    if (how.get_layout() == h5d.VIRTUAL or how.get_external_count() or len(set(used)) < len(used)
+            or not {packed, h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32}.issuperset(used)
+            or not item.id.get_type().equal(h5t.py_create(item.dtype))):
+        raise ValueError(f'{item.name[:60]!r} has filters or types, or lies in other files, as no weights do')
+    axes = (3, 2, 0, 1) if item.ndim == 4 else range(item.ndim)
+
+    def read():
+        if item.chunks:
+            chunk = math.prod(item.chunks)
+            if chunk > item.size or item.size > chunk << 12:
+                raise ValueError(f'{item.name[:60]!r} is stored in pieces of strange sizes')
+            for piece in item.iter_chunks() if packed in used else ():
+                _, content = item.id.read_direct_chunk([part.start for part in piece])
+                inflater = zlib.decompressobj()                       # HDF5's own would inflate it without a limit
+                inflater.decompress(content, chunk * item.dtype.itemsize + 4)           # 4: a checksum
+                if not inflater.eof:
+                    raise ValueError(f'{item.name[:60]!r} is larger than it says')
+        return item[()].transpose(*axes)
+    return Stored(tuple(item.shape[axis] for axis in axes), item.dtype, read)
+
+
+@contextlib.contextmanager
+def open_h5(path):
     """Keras' format: groups ``block1_conv1`` ..., filters (height, width, in, out) for cross-correlation."""
     import h5py
-    layers = {}
+
+    def arrays(group, name, depth=3):
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise ValueError(f'{name[:60]!r} is a link to elsewhere')
+        if isinstance(group[name], h5py.Dataset):
+            return [h5_array(group[name])]
+        return [array for inner in group[name] for array in arrays(group[name], inner, depth - 1)] if depth else []
     with h5py.File(path, 'r') as file:
-        for group in file:
-            name = re.fullmatch(r'block(\d)_conv(\d)', group)
-            if name:
-                arrays = []
-                file[group].visititems(lambda _, item: arrays.append(item[()]) if hasattr(item, 'shape') else None)
-                W, b = sorted(arrays, key=np.ndim, reverse=True)
-                layers['_'.join(name.groups())] = W.transpose(3, 2, 0, 1), b
-    return layers
+        yield {f'{name[5]}_{name[-1]}': sorted(arrays(file, name), key=lambda array: -len(array.shape))
+               for name in fnmatch.filter(file, 'block?_conv?')}
 
 
-def read_npz(path):
+def npz_array(archive, name):
+    """An array in an open .npz as `Stored`; ValueError if it is not as NumPy writes it, and of the size it says."""
+    member, form = archive.getinfo(name + '.npy'), np.lib.format
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f'{name[:60]!r} is packed in another way than NumPy does')
+    with archive.open(member) as file:
+        if form.read_magic(file) != (1, 0):
+            raise ValueError(f'the header of {name[:60]!r} is longer than an array of numbers needs')
+        shape, _, dtype = form.read_array_header_1_0(file)
+        if member.file_size != file.tell() + math.prod(shape) * dtype.itemsize:
+            raise ValueError(f'{name[:60]!r} is of another size than it says')
+
+    def read():
+        with archive.open(member) as content:
+            return form.read_array(content, allow_pickle=False)
+    return Stored(shape, dtype, read)
+
+
+@contextlib.contextmanager
+def open_npz(path):
     """Our own format: ``conv1_1.W`` (out, in, 3, 3) for cross-correlation on BGR and ``conv1_1.b``, and so on."""
-    with np.load(path, allow_pickle=False) as file:
-        return {name[4:-2]: (file[name], file[name[:-1] + 'b']) for name in file.files if name.endswith('.W')}
+    with zipfile.ZipFile(path) as archive:
+        names = fnmatch.filter(archive.namelist(), 'conv?_?.W.npy')
+        yield {name[4:7]: tuple(npz_array(archive, name[:8] + kind) for kind in 'Wb') for name in names}
 
 
 def read_weights(path):
@@ -1352,16 +1498,18 @@ def read_weights(path):
     fix = 'use the original vgg19_conv.pkl.bz2, the Keras .h5 of VGG19 or VGG16, or leave --weights out'
     if not is_there(path) or not os.path.isfile(path):
         raise UserError(f'{path!r} is no file with weights.', fix)
-    reader = {'.npz': read_npz, '.h5': read_h5, '.hdf5': read_h5}.get(os.path.splitext(path)[1], read_pickle)
+    opened = {'.npz': open_npz, '.h5': open_h5, '.hdf5': open_h5}.get(os.path.splitext(path)[1], open_pickle)
     try:
-        layers = {name: tuple(np.asarray(array, dtype=np.float32) for array in pair)
-                  for name, pair in reader(path).items()}
-        kind = 'vgg19' if '3_4' in layers else 'vgg16'
-        layers = known_layers(layers, kind)
+        with opened(path) as stored, np.errstate(all='ignore'):
+            kind = 'vgg19' if '3_4' in stored else 'vgg16'
+            layers = {name: tuple(np.asarray(array.read(), dtype=np.float32) for array in pair)
+                      for name, pair in known_layers(stored, kind).items()}
     except PermissionError:
         raise forbidden(path) from None
+    except MemoryError:
+        raise
     except Exception as error:  # a broken file can raise anything in the libraries that read it
-        raise UserError(f'{path!r} cannot be read as weights: {one_line(error)}.', fix) from None
+        raise UserError(f'{path!r} cannot be read as weights: {one_line(error)[:300]}.', fix) from None
     layers, layout = mended(layers, kind)
     remark = {None: f'{path!r} is not a known VGG network: BGR and cross-correlation are assumed.',
               'BGR': None}.get(layout, f'{path!r} is stored as {layout}: mended.')
@@ -1371,7 +1519,7 @@ def read_weights(path):
 
 
 def known_layers(layers, kind):
-    """Layers in the network's order, up to the deepest in the file; ValueError if one is missing or misshapen."""
+    """`Stored` layers in the network's order, up to the deepest; ValueError for one missing, misshapen or no floats."""
     names = layer_names(kind)
     names = names[:max([names.index(name) + 1 for name in layers if name in names], default=1)]
     for before, name in zip([3, *map(filters, names)], names):
@@ -1379,6 +1527,8 @@ def known_layers(layers, kind):
         found = [array.shape for array in layers.get(name, ())] or 'nothing'
         if found != shapes:
             raise ValueError(f'conv{name} should have arrays of {shapes}, but there is {found}')
+        if any(array.dtype.kind != 'f' or array.dtype.itemsize > 8 for array in layers[name]):
+            raise ValueError(f'conv{name} should have arrays of float16, float32 or float64')
     return {name: layers[name] for name in names}
 
 
@@ -1440,10 +1590,9 @@ def fetch_vgg19():
             except (OSError, ValueError, http.client.HTTPException) as error:   # ValueError: no URL
                 troubles.append(f'{urllib.parse.urlsplit(address).netloc}: {error}')
                 continue
-            arrays = {f'conv{name}.{kind}': array for name, pair in read_h5(part).items()
-                      for kind, array in zip('Wb', pair)}
-            with written_whole(path) as file:
-                np.savez(file, **arrays)
+            with open_h5(part) as stored, written_whole(path) as file:
+                np.savez(file, **{f'conv{name}.{kind}': array.read() for name, pair in stored.items()
+                                  for kind, array in zip('Wb', pair)})
             os.unlink(part)
             return path
     raise OSError('; '.join(troubles))

@@ -62,7 +62,7 @@ def vgg19(doodle, tmp_path, monkeypatch):
     def fetch(*servers):
         monkeypatch.setenv('DOODLE_ADDRESSES', ' '.join(server.address for server in servers))
         path = doodle.fetch_vgg19()
-        fetched = doodle.read_npz(path)
+        fetched = doodle.read_weights(path)[0].layers
         assert list(fetched) == list(layers)
         for name, pair in layers.items():
             for ours, theirs in zip(fetched[name], pair):
