@@ -1279,7 +1279,8 @@ KERAS = {'file': 'vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5', 'bytes': 8
          'md5': '253f8cb515780f3b799900260a226db6'}
 ADDRESSES = ('https://storage.googleapis.com/tensorflow/keras-applications/vgg19/',
              'https://github.com/fchollet/deep-learning-models/releases/download/v0.1/')
-PATIENCE = 10                                                         # seconds without data, then the next address
+PATIENCE = 20                 # seconds without data, then the next address: 16 kB of TLS come at once, or not at all
+SLOWEST, PERIOD = 1000, 60                                           # bytes a second over so many: the next address
 
 # A pre-trained network: its kind, {'1_1': (W, b), ...} for cross-correlation on BGR, path and checksum of its file.
 Weights = namedtuple('Weights', 'kind layers path sha256')
@@ -1475,13 +1476,15 @@ def open_npz(path):
         yield {name[4:7]: tuple(npz_array(archive, name[:8] + kind) for kind in 'Wb') for name in names}
 
 
-def read_weights(path):
+def read_weights(path, given=True):
     """Read a pre-trained network, and convert it to cross-correlation on BGR.
 
     Parameters
     ----------
     path : str
         ``.pkl`` or ``.pkl.bz2`` as the original's, ``.h5`` as Keras', or ``.npz`` as our own.
+    given : bool
+        Whether the user named it: what was only found must be a known network.
 
     Returns
     -------
@@ -1493,9 +1496,10 @@ def read_weights(path):
     Raises
     ------
     UserError
-        The file is missing or broken, or an array has the wrong shape.
+        The file is missing or broken, an array has the wrong shape, or the network was found and is unknown.
     """
-    fix = 'use the original vgg19_conv.pkl.bz2, the Keras .h5 of VGG19 or VGG16, or leave --weights out'
+    fix = ('use the original vgg19_conv.pkl.bz2, the Keras .h5 of VGG19 or VGG16, or leave --weights out' if given else
+           'replace or remove this file, or name another with --weights')
     if not is_there(path) or not os.path.isfile(path):
         raise UserError(f'{path!r} is no file with weights.', fix)
     opened = {'.npz': open_npz, '.h5': open_h5, '.hdf5': open_h5}.get(os.path.splitext(path)[1], open_pickle)
@@ -1511,6 +1515,9 @@ def read_weights(path):
     except Exception as error:  # a broken file can raise anything in the libraries that read it
         raise UserError(f'{path!r} cannot be read as weights: {one_line(error)[:300]}.', fix) from None
     layers, layout = mended(layers, kind)
+    if not layout and not given:
+        raise UserError(f'{path!r} was found, and is not the VGG network that its name says.',
+                        f'remove it, or if you trust it, --weights {shlex.quote(path)}')
     remark = {None: f'{path!r} is not a known VGG network: BGR and cross-correlation are assumed.',
               'BGR': None}.get(layout, f'{path!r} is stored as {layout}: mended.')
     with open(path, 'rb') as file:
@@ -1544,27 +1551,81 @@ def mended(layers, kind):
     return layers, None
 
 
-def download(address, part):
-    """Download the Keras file to `part`, resuming an earlier attempt; OSError if it is incomplete or another file."""
-    have = os.path.getsize(part) if os.path.exists(part) else 0
+class Steady(io.RawIOBase):
+    """Reads from a connection; OSError where less comes than `SLOWEST` over `PERIOD`, or more than the Keras file."""
+
+    def __init__(self, connection):
+        self.connection, self.waited, self.before, self.total = connection, 0, 0, 0
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        start = time.monotonic()
+        count = self.connection.readinto(buffer)
+        self.waited += time.monotonic() - start
+        self.total += count
+        if self.total > KERAS['bytes'] + (1 << 20):                   # headers are less
+            raise OSError('it sent something else')
+        if self.waited > PERIOD:
+            if self.total - self.before < SLOWEST * self.waited:
+                raise OSError(f'it sent less than {SLOWEST / 1000:g} kB/s over {PERIOD} s')
+            self.waited, self.before = 0, self.total
+        return count
+
+    def close(self):
+        self.connection.close()
+        super().close()
+
+
+class SteadyResponse(http.client.HTTPResponse):
+    """An answer that is read through `Steady`, from its first header on."""
+
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        self.fp = io.BufferedReader(Steady(self.fp.detach()))
+
+
+class SteadyHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens addresses for answers by `SteadyResponse`."""
+
+    def do_open(self, kind, request, **more):
+        steady = type(kind.__name__, (kind,), {'response_class': SteadyResponse})
+        return super().do_open(steady, request, **more)
+
+
+def download(address, file):
+    """Download the Keras file to `file`, after what that has; OSError if it is incomplete, or another and removed."""
+    have = file.seek(0, os.SEEK_END)
     if have < KERAS['bytes']:
         request = urllib.request.Request(address, headers={'Range': f'bytes={have}-'} if have else {})
-        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+        with urllib.request.build_opener(SteadyHandler).open(request, timeout=PATIENCE) as response:
             have = have if response.status == 206 else 0
-            with open(part, 'ab' if have else 'wb') as file, tqdm(
-                    total=KERAS['bytes'], initial=have, unit='B', unit_scale=True, desc='VGG19', disable=None) as bar:
-                while file.tell() <= KERAS['bytes'] and (piece := response.read(1 << 16)):
+            file.truncate(file.seek(have))
+            with tqdm(total=KERAS['bytes'], initial=have, unit='B', unit_scale=True, desc='VGG19', disable=None) as bar:
+                while file.tell() <= KERAS['bytes'] and (piece := response.read1(1 << 16)):
                     bar.update(file.write(piece))
-    if os.path.getsize(part) < KERAS['bytes']:
-        raise OSError('the connection broke off')                       # `part` is kept for the next attempt
-    with open(part, 'rb') as file:
-        if hashlib.file_digest(file, 'md5').hexdigest() != KERAS['md5']:
-            os.unlink(part)
-            raise OSError('it sent something else')
+    if file.tell() < KERAS['bytes']:
+        raise OSError('the connection broke off')                       # the file is kept for the next attempt
+    file.seek(0)
+    if hashlib.file_digest(file, 'md5').hexdigest() != KERAS['md5']:
+        os.unlink(file.name)
+        raise OSError('it sent something else')
+
+
+def cached_vgg19(path):
+    """VGG19 from the cache, as by `read_weights`; None if it is missing or broken."""
+    if os.path.exists(path):
+        if not os.access(path, os.R_OK):
+            raise forbidden(path)
+        with contextlib.suppress(UserError):
+            weights, remark = read_weights(path, given=False)
+            if list(weights.layers) == layer_names('vgg19'):
+                return weights, remark
 
 
 def fetch_vgg19():
-    """The path of VGG19 as .npz in the cache folder, fetched and converted the first time.
+    """VGG19 as by `read_weights`, from the cache folder, to which it is fetched where it is missing or broken.
 
     ``DOODLE_ADDRESSES`` may hold further addresses of folders, separated by spaces, which are tried first.
 
@@ -1575,26 +1636,30 @@ def fetch_vgg19():
     """
     folder = os.path.join(os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache'), 'neural-doodle')
     path, part = os.path.join(folder, 'vgg19.npz'), os.path.join(folder, KERAS['file'] + '.part')
-    if os.path.exists(path):
-        return path
+    if found := cached_vgg19(path):
+        return found
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, 'lock'), 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)                                # of concurrent runs only one fetches
+    with open(os.path.join(folder, 'lock'), 'a', opener=regular) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)            # of concurrent runs only one fetches
+        except BlockingIOError:
+            say('  - Waiting for another run, which fetches VGG19 ..')
+            fcntl.flock(lock, fcntl.LOCK_EX)
         troubles = []
-        if os.path.exists(path):
-            return path
+        if found := cached_vgg19(path):
+            return found
         for address in (*os.environ.get('DOODLE_ADDRESSES', '').split(), *ADDRESSES):
             say(f'  - Fetching VGG19 from {address} ..')
             try:
-                download(address + KERAS['file'], part)
+                with open(part, 'a+b', opener=regular) as file:
+                    download(address + KERAS['file'], file)
+                    with open_h5(file) as stored, written_whole(path) as cache:
+                        np.savez(cache, **{f'conv{name}.{kind}': array.read() for name, pair in stored.items()
+                                           for kind, array in zip('Wb', pair)})
+                    os.unlink(part)
+                return read_weights(path, given=False)
             except (OSError, ValueError, http.client.HTTPException) as error:   # ValueError: no URL
                 troubles.append(f'{urllib.parse.urlsplit(address).netloc}: {error}')
-                continue
-            with open_h5(part) as stored, written_whole(path) as file:
-                np.savez(file, **{f'conv{name}.{kind}': array.read() for name, pair in stored.items()
-                                  for kind, array in zip('Wb', pair)})
-            os.unlink(part)
-            return path
     raise OSError('; '.join(troubles))
 
 
@@ -1609,17 +1674,17 @@ def find_weights(options):
     remarks : list of str
     """
     here = os.path.dirname(os.path.realpath(__file__))
-    path, trouble = options.weights, None
+    path, found, fetched, trouble = options.weights, None, None, None
     if not path and options.network != 'vgg16':
-        path = next(filter(os.path.exists, (os.path.join(here, 'vgg19_conv.pkl.bz2'), 'vgg19_conv.pkl.bz2')), None)
+        found = next(filter(os.path.exists, (os.path.join(here, 'vgg19_conv.pkl.bz2'), 'vgg19_conv.pkl.bz2')), None)
         try:
-            path = path or fetch_vgg19()
+            fetched = None if found else fetch_vgg19()
         except OSError as error:
             trouble = f'VGG19 cannot be fetched ({error})'
             if options.network == 'vgg19':
                 raise UserError(trouble + '.', f"put {KERAS['file']} here and name it with --weights") from None
     bundled = os.path.join(here, 'vgg16.npz')
-    weights, remark = read_weights(path or bundled)
+    weights, remark = fetched or read_weights(path or found or bundled, given=bool(path))
     if options.network not in (None, weights.kind):
         raise UserError(f'{weights.path!r} is {weights.kind}, not {options.network}.', 'change --weights or --network')
     for layer in options.style_layers + options.content_layers:
@@ -1629,6 +1694,8 @@ def find_weights(options):
     if trouble:
         remark = bold(f'WARNING: {trouble}: using the bundled VGG16. FIX: --weights PATH, or --network=vgg16.')
     remarks = [remark or f'Network {weights.kind} from `{weights.path}`.']
+    if found:
+        remarks.append(f'{found!r} was found, not named by --weights; its sha256 is {weights.sha256}.')
     if set(BALANCE[weights.kind]) != {1}:
         remarks.append(f"Losses of {weights.kind} are scaled, layer by layer, to the size of vgg19's, as measured with "
                        "Oxford's weights.")
@@ -3033,6 +3100,15 @@ def image_format(path):
         raise UserError(f'{path!r} does not end like a picture that can be written.',
                         'end it in .png or .jpg') from None
     return name
+
+
+def regular(path, flags):
+    """An opener for files whose names the program makes up: no links to elsewhere, and nothing but regular files."""
+    number = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(f'{path!r} is not a file')
+    return number
 
 
 UMASK = os.umask(0)

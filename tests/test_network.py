@@ -432,6 +432,29 @@ def test_the_original_file_is_found_beside_the_script_then_in_this_folder(doodle
     assert find(doodle, '--network=vgg16')[0].path == str(tmp_path / 'script/vgg16.npz')
 
 
+def test_a_file_that_is_found_is_named_with_its_checksum(doodle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path(save_pickle(tmp_path / 'vgg19_conv.pkl.bz2', hollow(doodle, 'vgg19')))
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [line for line in find(doodle)[1] if checksum in line and 'found' in line]
+    assert not [line for line in find(doodle, f'--weights={path.name}')[1] if 'found' in line]
+
+
+def test_a_file_that_is_found_is_a_known_network_or_refused(doodle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layers = hollow(doodle, 'vgg19')
+    layers['1_1'][0][0, 0, 0] += 1
+    path = Path(save_pickle(tmp_path / 'vgg19_conv.pkl.bz2', layers))
+    with pytest.raises(doodle.UserError) as error:
+        find(doodle)
+    assert path.name in error.value.args[0] and f'--weights {path.name}' in error.value.args[1]
+    assert 'not a known' in find(doodle, f'--weights={path.name}')[1][0]
+    path.write_bytes(b'')
+    with pytest.raises(doodle.UserError) as error:
+        find(doodle)
+    assert 'remove this file' in error.value.args[1]
+
+
 # ---- balance ---------------------------------------------------------------------------------------------------------
 
 def test_every_layer_has_a_factor_and_those_of_vgg19_change_nothing(doodle):
@@ -459,7 +482,7 @@ def test_content_is_as_large_a_part_of_the_loss_as_with_vgg19(doodle, content, s
 def test_scaled_losses_are_said_to_be(doodle, tmp_path, monkeypatch, capsys, kind):
     def stop(*_):
         raise doodle.UserError('so far.', 'nothing')
-    monkeypatch.setattr(doodle, 'read_weights', lambda path: (
+    monkeypatch.setattr(doodle, 'read_weights', lambda path, given: (
         doodle.Weights(kind, dict.fromkeys(doodle.layer_names(kind)), path, ''), None))
     monkeypatch.setattr(doodle, 'import_theano', lambda device: (device, None))
     monkeypatch.setattr(doodle, 'handle_signals', lambda _: None)
