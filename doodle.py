@@ -83,6 +83,7 @@ import types
 import urllib.parse
 import urllib.request
 import warnings
+import zipfile
 import zlib
 from collections import namedtuple
 
@@ -1337,64 +1338,212 @@ KERAS = {'file': 'vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5', 'bytes': 8
          'md5': '253f8cb515780f3b799900260a226db6'}
 ADDRESSES = ('https://storage.googleapis.com/tensorflow/keras-applications/vgg19/',
              'https://github.com/fchollet/deep-learning-models/releases/download/v0.1/')
-PATIENCE = 10                                                         # seconds without data, then the next address
+PATIENCE = 20                 # seconds without data, then the next address: 16 kB of TLS come at once, or not at all
+SLOWEST, PERIOD = 1000, 60                                           # bytes a second over so many: the next address
 
 # A pre-trained network: its kind, {'1_1': (W, b), ...} for cross-correlation on BGR, path and checksum of its file.
 Weights = namedtuple('Weights', 'kind layers path sha256')
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Loads NumPy arrays and nothing else: a pickle could run any code."""
+# An array in a file of weights, as the network has it, (out, in, 3, 3) or (out,): `read` reads its numbers.
+Stored = namedtuple('Stored', 'shape dtype read')
+
+
+class Bounded:
+    """A file whose reads are bounded in number and bytes: those of VGG19 in float64 and the wordiest protocol fit."""
+
+    def __init__(self, file):
+        self.file, self.reads, self.bytes = file, 1 << 15, 1 << 29
+
+    def take(self, method, size):
+        """What `method` of the file reads, at most `size` bytes; ValueError if that is more than weights need."""
+        self.reads -= 1
+        if size > min(self.bytes, 1 << 27) or self.reads < 0:
+            raise ValueError('it is larger than any file of weights')
+        found = method(size)
+        self.bytes -= len(found)
+        return found
+
+    def read(self, size):
+        return self.take(self.file.read, size)
+
+    def readline(self):
+        line = self.take(self.file.readline, min(self.bytes, 1 << 27))
+        if line[-1:] != b'\n':
+            raise ValueError('it ends within a line, or has one longer than any file of weights')
+        return line
+
+
+class Recorded:
+    """Stands for what a pickle names and calls: it records arguments and state, and does nothing."""
+
+    def __init__(self, name, arguments=(), state=()):
+        self.name, self.arguments, self.state = name, arguments, state
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+# The opcodes that pickles of arrays have, in protocols 0 to 5, from Python 2 and 3.
+OPCODES = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE),
+    *(pickle.BUILD, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1),
+    *(pickle.BININT2, pickle.LONG, pickle.LONG1, pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING),
+    *(pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINBYTES),
+    *(pickle.SHORT_BINBYTES, pickle.BINBYTES8, pickle.BYTEARRAY8, pickle.EMPTY_LIST, pickle.LIST, pickle.APPEND),
+    *(pickle.APPENDS, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.PUT),
+    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.GET, pickle.BINGET, pickle.LONG_BINGET))
+
+
+class ArrayUnpickler(pickle._Unpickler):
+    """Reads what a pickle says of NumPy arrays, and builds and calls nothing: a pickle could run any code.
+
+    Its base is the unpickler in Python, since that in C reserves memory for whatever number a file names.
+    """
 
     def find_class(self, module, name):
-        admitted = {'ndarray': np.ndarray, 'dtype': np.dtype, '_frombuffer': np.core.numeric._frombuffer,
-                    '_reconstruct': np.core.multiarray._reconstruct}
-        if module.split('.')[0] == 'numpy' and name in admitted:
-            return admitted[name]
-        if (module, name) == ('_codecs', 'encode'):                   # how protocol 2 stores bytes
-            return lambda text, encoding: text.encode('latin1')
-        raise pickle.UnpicklingError(f'it asks for {module}.{name}, which no array needs')
+        if (module.split('.')[0] == 'numpy' and name in ('ndarray', 'dtype', '_frombuffer', '_reconstruct') or
+                (module, name) == ('_codecs', 'encode')):             # how protocol 2 stores bytes
+            return Recorded(name)
+        raise pickle.UnpicklingError(f'it asks for {f"{module}.{name}"[:60]!r}, which no array needs')
+
+    def load_reduce(self):
+        arguments, called = self.stack.pop(), self.stack.pop()
+        if not isinstance(arguments, tuple) or not isinstance(called, Recorded):
+            raise pickle.UnpicklingError('it makes a call that no array needs')
+        self.append(Recorded(called.name, arguments))
+
+    def load_unicode(self):
+        pickle._Unpickler.load_unicode(self)
+        self.stack[-1].encode('latin1')                               # other characters take four times the memory
+
+    def load_binunicode(self):
+        pickle._Unpickler.load_binunicode(self)
+        self.stack[-1].encode('latin1')
+
+    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in OPCODES}
+    dispatch |= {pickle.UNICODE[0]: load_unicode, pickle.BINUNICODE[0]: load_binunicode,
+                 pickle.REDUCE[0]: load_reduce, pickle.FRAME[0]: lambda self: self.read(8),
+                 pickle.BYTEARRAY8[0]: dispatch[pickle.BINBYTES8[0]]}   # the same bytes, but read before room is made
 
 
-def read_pickle(path):
+def pickled_array(array):
+    """A `Recorded` array as `Stored`, its filters turned; ValueError if it is not NumPy's float32 or float64."""
+    try:
+        if array.name == '_frombuffer':
+            numbers, kind, shape, order = array.arguments
+        else:
+            _, shape, kind, fortran, numbers = array.state
+            order = 'F' if fortran else 'C'
+        (size, *_), (_, ends, *_) = kind.arguments, kind.state
+        if isinstance(numbers, Recorded):                             # a call of _codecs.encode
+            numbers = numbers.arguments[0]
+        if isinstance(numbers, str):
+            numbers = numbers.encode('latin1')
+        if (kind.state != (3, ends, None, None, None, -1, -1, 0) or ends not in ('<', '>') or size not in ('f4', 'f8')
+                or not all(type(length) is int for length in shape) or not isinstance(numbers, bytes)):
+            raise ValueError
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError('what should be an array of float32 or float64 is none') from None
+
+    def read():
+        values = np.frombuffer(numbers, ends + size).reshape(shape, order=order)
+        return np.flip(values, (2, 3)) if values.ndim == 4 else values
+    return Stored(tuple(shape), np.dtype(size), read)
+
+
+@contextlib.contextmanager
+def open_pickle(path):
     """The original's format: a (bz2) pickle of [W, b, W, b, ...] from conv1_1 on, filters for true convolution."""
     with (bz2.open if path.endswith('.bz2') else open)(path, 'rb') as file:
-        arrays = ArrayUnpickler(file, encoding='latin1').load()
+        try:
+            arrays = ArrayUnpickler(Bounded(file), encoding='latin1').load()
+        except (LookupError, AttributeError, TypeError):              # an unknown opcode, or one that lacks operands
+            raise ValueError('it is no pickle of arrays') from None
     kinds = {2 * sum(blocks): kind for kind, blocks in BLOCKS.items()}
     if not isinstance(arrays, list) or len(arrays) not in kinds:
         raise ValueError('it is not a list of 32 arrays (VGG19) or 26 (VGG16)')
-    names = layer_names(kinds[len(arrays)])
-    return {name: (W[:, :, ::-1, ::-1], b) for name, W, b in zip(names, arrays[::2], arrays[1::2])}
+    arrays = [pickled_array(array) for array in arrays]
+    yield dict(zip(layer_names(kinds[len(arrays)]), zip(arrays[::2], arrays[1::2])))
 
 
-def read_h5(path):
+def h5_array(item):
+    """An HDF5 dataset as `Stored`; ValueError if it is not plain floats in the file itself, packed to their size."""
+    from h5py import h5d, h5t, h5z
+    how, packed = item.id.get_create_plist(), h5z.FILTER_DEFLATE
+    used = [how.get_filter(k)[0] for k in range(how.get_nfilters())]
+    if (how.get_layout() == h5d.VIRTUAL or how.get_external_count() or len(set(used)) < len(used)
+            or not {packed, h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32}.issuperset(used)
+            or not item.id.get_type().equal(h5t.py_create(item.dtype))):
+        raise ValueError(f'{item.name[:60]!r} has filters or types, or lies in other files, as no weights do')
+    axes = (3, 2, 0, 1) if item.ndim == 4 else range(item.ndim)
+
+    def read():
+        if item.chunks:
+            chunk = math.prod(item.chunks)
+            if chunk > item.size or item.size > chunk << 12:
+                raise ValueError(f'{item.name[:60]!r} is stored in pieces of strange sizes')
+            for piece in item.iter_chunks() if packed in used else ():
+                _, content = item.id.read_direct_chunk([part.start for part in piece])
+                inflater = zlib.decompressobj()                       # HDF5's own would inflate it without a limit
+                inflater.decompress(content, chunk * item.dtype.itemsize + 4)           # 4: a checksum
+                if not inflater.eof:
+                    raise ValueError(f'{item.name[:60]!r} is larger than it says')
+        return item[()].transpose(*axes)
+    return Stored(tuple(item.shape[axis] for axis in axes), item.dtype, read)
+
+
+@contextlib.contextmanager
+def open_h5(path):
     """Keras' format: groups ``block1_conv1`` ..., filters (height, width, in, out) for cross-correlation."""
     import h5py
-    layers = {}
+
+    def arrays(group, name, depth=3):
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise ValueError(f'{name[:60]!r} is a link to elsewhere')
+        if isinstance(group[name], h5py.Dataset):
+            return [h5_array(group[name])]
+        return [array for inner in group[name] for array in arrays(group[name], inner, depth - 1)] if depth else []
     with h5py.File(path, 'r') as file:
-        for group in file:
-            name = re.fullmatch(r'block(\d)_conv(\d)', group)
-            if name:
-                arrays = []
-                file[group].visititems(lambda _, item: arrays.append(item[()]) if hasattr(item, 'shape') else None)
-                W, b = sorted(arrays, key=np.ndim, reverse=True)
-                layers['_'.join(name.groups())] = W.transpose(3, 2, 0, 1), b
-    return layers
+        yield {f'{name[5]}_{name[-1]}': sorted(arrays(file, name), key=lambda array: -len(array.shape))
+               for name in fnmatch.filter(file, 'block?_conv?')}
 
 
-def read_npz(path):
+def npz_array(archive, name):
+    """An array in an open .npz as `Stored`; ValueError if it is not as NumPy writes it, and of the size it says."""
+    member, form = archive.getinfo(name + '.npy'), np.lib.format
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f'{name[:60]!r} is packed in another way than NumPy does')
+    with archive.open(member) as file:
+        if form.read_magic(file) != (1, 0):
+            raise ValueError(f'the header of {name[:60]!r} is longer than an array of numbers needs')
+        shape, _, dtype = form.read_array_header_1_0(file)
+        if member.file_size != file.tell() + math.prod(shape) * dtype.itemsize:
+            raise ValueError(f'{name[:60]!r} is of another size than it says')
+
+    def read():
+        with archive.open(member) as content:
+            return form.read_array(content, allow_pickle=False)
+    return Stored(shape, dtype, read)
+
+
+@contextlib.contextmanager
+def open_npz(path):
     """Our own format: ``conv1_1.W`` (out, in, 3, 3) for cross-correlation on BGR and ``conv1_1.b``, and so on."""
-    with np.load(path, allow_pickle=False) as file:
-        return {name[4:-2]: (file[name], file[name[:-1] + 'b']) for name in file.files if name.endswith('.W')}
+    with zipfile.ZipFile(path) as archive:
+        names = fnmatch.filter(archive.namelist(), 'conv?_?.W.npy')
+        yield {name[4:7]: tuple(npz_array(archive, name[:8] + kind) for kind in 'Wb') for name in names}
 
 
-def read_weights(path):
+def read_weights(path, given=True):
     """Read a pre-trained network, and convert it to cross-correlation on BGR.
 
     Parameters
     ----------
     path : str
         ``.pkl`` or ``.pkl.bz2`` as the original's, ``.h5`` as Keras', or ``.npz`` as our own.
+    given : bool
+        Whether the user named it: what was only found must be a known network.
 
     Returns
     -------
@@ -1406,22 +1555,28 @@ def read_weights(path):
     Raises
     ------
     UserError
-        The file is missing or broken, or an array has the wrong shape.
+        The file is missing or broken, an array has the wrong shape, or the network was found and is unknown.
     """
-    fix = 'use the original vgg19_conv.pkl.bz2, the Keras .h5 of VGG19 or VGG16, or leave --weights out'
+    fix = ('use the original vgg19_conv.pkl.bz2, the Keras .h5 of VGG19 or VGG16, or leave --weights out' if given else
+           'replace or remove this file, or name another with --weights')
     if not is_there(path) or not os.path.isfile(path):
         raise UserError(f'{path!r} is no file with weights.', fix)
-    reader = {'.npz': read_npz, '.h5': read_h5, '.hdf5': read_h5}.get(os.path.splitext(path)[1], read_pickle)
+    opened = {'.npz': open_npz, '.h5': open_h5, '.hdf5': open_h5}.get(os.path.splitext(path)[1], open_pickle)
     try:
-        layers = {name: tuple(np.asarray(array, dtype=np.float32) for array in pair)
-                  for name, pair in reader(path).items()}
-        kind = 'vgg19' if '3_4' in layers else 'vgg16'
-        layers = known_layers(layers, kind)
+        with opened(path) as stored, np.errstate(all='ignore'):
+            kind = 'vgg19' if '3_4' in stored else 'vgg16'
+            layers = {name: tuple(np.asarray(array.read(), dtype=np.float32) for array in pair)
+                      for name, pair in known_layers(stored, kind).items()}
     except PermissionError:
         raise forbidden(path) from None
+    except MemoryError:
+        raise
     except Exception as error:  # a broken file can raise anything in the libraries that read it
-        raise UserError(f'{path!r} cannot be read as weights: {one_line(error)}.', fix) from None
+        raise UserError(f'{path!r} cannot be read as weights: {one_line(error)[:300]}.', fix) from None
     layers, layout = mended(layers, kind)
+    if not layout and not given:
+        raise UserError(f'{path!r} was found, and is not the VGG network that its name says.',
+                        f'remove it, or if you trust it, --weights {shlex.quote(path)}')
     remark = {None: f'{path!r} is not a known VGG network: BGR and cross-correlation are assumed.',
               'BGR': None}.get(layout, f'{path!r} is stored as {layout}: mended.')
     with open(path, 'rb') as file:
@@ -1430,7 +1585,7 @@ def read_weights(path):
 
 
 def known_layers(layers, kind):
-    """Layers in the network's order, up to the deepest in the file; ValueError if one is missing or misshapen."""
+    """`Stored` layers in the network's order, up to the deepest; ValueError for one missing, misshapen or no floats."""
     names = layer_names(kind)
     names = names[:max([names.index(name) + 1 for name in layers if name in names], default=1)]
     for before, name in zip([3, *map(filters, names)], names):
@@ -1438,6 +1593,8 @@ def known_layers(layers, kind):
         found = [array.shape for array in layers.get(name, ())] or 'nothing'
         if found != shapes:
             raise ValueError(f'conv{name} should have arrays of {shapes}, but there is {found}')
+        if any(array.dtype.kind != 'f' or array.dtype.itemsize > 8 for array in layers[name]):
+            raise ValueError(f'conv{name} should have arrays of float16, float32 or float64')
     return {name: layers[name] for name in names}
 
 
@@ -1453,23 +1610,77 @@ def mended(layers, kind):
     return layers, None
 
 
-def download(address, part):
-    """Download the Keras file to `part`, resuming an earlier attempt; OSError if it is incomplete or another file."""
-    have = os.path.getsize(part) if os.path.exists(part) else 0
+class Steady(io.RawIOBase):
+    """Reads from a connection; OSError where less comes than `SLOWEST` over `PERIOD`, or more than the Keras file."""
+
+    def __init__(self, connection):
+        self.connection, self.waited, self.before, self.total = connection, 0, 0, 0
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        start = time.monotonic()
+        count = self.connection.readinto(buffer)
+        self.waited += time.monotonic() - start
+        self.total += count
+        if self.total > KERAS['bytes'] + (1 << 20):                   # headers are less
+            raise OSError('it sent something else')
+        if self.waited > PERIOD:
+            if self.total - self.before < SLOWEST * self.waited:
+                raise OSError(f'it sent less than {SLOWEST / 1000:g} kB/s over {PERIOD} s')
+            self.waited, self.before = 0, self.total
+        return count
+
+    def close(self):
+        self.connection.close()
+        super().close()
+
+
+class SteadyResponse(http.client.HTTPResponse):
+    """An answer that is read through `Steady`, from its first header on."""
+
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        self.fp = io.BufferedReader(Steady(self.fp.detach()))
+
+
+class SteadyHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens addresses for answers by `SteadyResponse`."""
+
+    def do_open(self, kind, request, **more):
+        steady = type(kind.__name__, (kind,), {'response_class': SteadyResponse})
+        return super().do_open(steady, request, **more)
+
+
+def download(address, file):
+    """Download the Keras file to `file`, after what that has; OSError if it is incomplete, or another and removed."""
+    have = file.seek(0, os.SEEK_END)
     if have < KERAS['bytes']:
         request = urllib.request.Request(address, headers={'Range': f'bytes={have}-'} if have else {})
-        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+        with urllib.request.build_opener(SteadyHandler).open(request, timeout=PATIENCE) as response:
             have = have if response.status == 206 else 0
-            with open(part, 'ab' if have else 'wb') as file, tqdm(
-                    total=KERAS['bytes'], initial=have, unit='B', unit_scale=True, desc='VGG19', disable=None) as bar:
-                while file.tell() <= KERAS['bytes'] and (piece := response.read(1 << 16)):
+            file.truncate(file.seek(have))
+            with tqdm(total=KERAS['bytes'], initial=have, unit='B', unit_scale=True, desc='VGG19', disable=None) as bar:
+                while file.tell() <= KERAS['bytes'] and (piece := response.read1(1 << 16)):
                     bar.update(file.write(piece))
-    if os.path.getsize(part) < KERAS['bytes']:
-        raise OSError('the connection broke off')                       # `part` is kept for the next attempt
-    with open(part, 'rb') as file:
-        if hashlib.file_digest(file, 'md5').hexdigest() != KERAS['md5']:
-            os.unlink(part)
-            raise OSError('it sent something else')
+    if file.tell() < KERAS['bytes']:
+        raise OSError('the connection broke off')                       # the file is kept for the next attempt
+    file.seek(0)
+    if hashlib.file_digest(file, 'md5').hexdigest() != KERAS['md5']:
+        os.unlink(file.name)
+        raise OSError('it sent something else')
+
+
+def cached_vgg19(path):
+    """VGG19 from the cache, as by `read_weights`; None if it is missing or broken."""
+    if os.path.exists(path):
+        if not os.access(path, os.R_OK):
+            raise forbidden(path)
+        with contextlib.suppress(UserError):
+            weights, remark = read_weights(path, given=False)
+            if list(weights.layers) == layer_names('vgg19'):
+                return weights, remark
 
 
 def cache_folder():
@@ -1478,7 +1689,7 @@ def cache_folder():
 
 
 def fetch_vgg19():
-    """The path of VGG19 as .npz in the cache folder, fetched and converted the first time.
+    """VGG19 as by `read_weights`, from the cache folder, to which it is fetched where it is missing or broken.
 
     ``DOODLE_ADDRESSES`` may hold further addresses of folders, separated by spaces, which are tried first.
 
@@ -1489,27 +1700,30 @@ def fetch_vgg19():
     """
     folder = cache_folder()
     path, part = os.path.join(folder, 'vgg19.npz'), os.path.join(folder, KERAS['file'] + '.part')
-    if os.path.exists(path):
-        return path
+    if found := cached_vgg19(path):
+        return found
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, 'lock'), 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)                                # of concurrent runs only one fetches
+    with open(os.path.join(folder, 'lock'), 'a', opener=regular) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)            # of concurrent runs only one fetches
+        except BlockingIOError:
+            say('  - Waiting for another run, which fetches VGG19 ..')
+            fcntl.flock(lock, fcntl.LOCK_EX)
         troubles = []
-        if os.path.exists(path):
-            return path
+        if found := cached_vgg19(path):
+            return found
         for address in (*os.environ.get('DOODLE_ADDRESSES', '').split(), *ADDRESSES):
             say(f'  - Fetching VGG19 from {address} ..')
             try:
-                download(address + KERAS['file'], part)
+                with open(part, 'a+b', opener=regular) as file:
+                    download(address + KERAS['file'], file)
+                    with open_h5(file) as stored, written_whole(path) as cache:
+                        np.savez(cache, **{f'conv{name}.{kind}': array.read() for name, pair in stored.items()
+                                           for kind, array in zip('Wb', pair)})
+                    os.unlink(part)
+                return read_weights(path, given=False)
             except (OSError, ValueError, http.client.HTTPException) as error:   # ValueError: no URL
                 troubles.append(f'{urllib.parse.urlsplit(address).netloc}: {error}')
-                continue
-            arrays = {f'conv{name}.{kind}': array for name, pair in read_h5(part).items()
-                      for kind, array in zip('Wb', pair)}
-            with written_whole(path) as file:
-                np.savez(file, **arrays)
-            os.unlink(part)
-            return path
     raise OSError('; '.join(troubles))
 
 
@@ -1524,17 +1738,17 @@ def find_weights(options):
     remarks : list of str
     """
     here = os.path.dirname(os.path.realpath(__file__))
-    path, trouble = options.weights, None
+    path, found, fetched, trouble = options.weights, None, None, None
     if not path and options.network != 'vgg16':
-        path = next(filter(os.path.exists, (os.path.join(here, 'vgg19_conv.pkl.bz2'), 'vgg19_conv.pkl.bz2')), None)
+        found = next(filter(os.path.exists, (os.path.join(here, 'vgg19_conv.pkl.bz2'), 'vgg19_conv.pkl.bz2')), None)
         try:
-            path = path or fetch_vgg19()
+            fetched = None if found else fetch_vgg19()
         except OSError as error:
             trouble = f'VGG19 cannot be fetched ({error})'
             if options.network == 'vgg19':
                 raise UserError(trouble + '.', f"put {KERAS['file']} here and name it with --weights") from None
     bundled = os.path.join(here, 'vgg16.npz')
-    weights, remark = read_weights(path or bundled)
+    weights, remark = fetched or read_weights(path or found or bundled, given=bool(path))
     if options.network not in (None, weights.kind):
         raise UserError(f'{weights.path!r} is {weights.kind}, not {options.network}.', 'change --weights or --network')
     for layer in options.style_layers + options.content_layers:
@@ -1544,6 +1758,8 @@ def find_weights(options):
     if trouble:
         remark = bold(f'WARNING: {trouble}: using the bundled VGG16. FIX: --weights PATH, or --network=vgg16.')
     remarks = [remark or f'Network {weights.kind} from `{weights.path}`.']
+    if found:
+        remarks.append(f'{found!r} was found, not named by --weights; its sha256 is {weights.sha256}.')
     if set(BALANCE[weights.kind]) != {1}:
         remarks.append(f"Losses of {weights.kind} are scaled, layer by layer, to the size of vgg19's, as measured with "
                        "Oxford's weights.")
@@ -3218,6 +3434,15 @@ def image_format(path):
         raise UserError(f'{path!r} does not end like a picture that can be written.',
                         'end it in .png or .jpg') from None
     return name
+
+
+def regular(path, flags):
+    """An opener for files whose names the program makes up: no links to elsewhere, and nothing but regular files."""
+    number = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(f'{path!r} is not a file')
+    return number
 
 
 UMASK = os.umask(0)

@@ -1,14 +1,19 @@
 """Fetching VGG19, from servers of our own that are good, slow, broken, wrong or not there."""
 import contextlib
+import fcntl
 import hashlib
 import http.server
 import os
+import re
+import socket
 import threading
 import time
+from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
+
+import fuzz_weights
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -43,31 +48,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def vgg19(doodle, tmp_path, monkeypatch):
-    """A small file in Keras' format that passes for VGG19, and an empty cache folder; nothing else can be fetched."""
-    layers = {'1_1': (np.random.default_rng(0).random((64, 3, 3, 3), dtype=np.float32), np.ones(64, np.float32)),
-              '1_2': (np.zeros((64, 64, 3, 3), np.float32), np.ones(64, np.float32))}
-    with h5py.File(tmp_path / 'vgg19.h5', 'w') as file:
-        for name, (W, b) in layers.items():
-            group = file.create_group('block{}_conv{}'.format(*name.split('_')))
-            group[f'{group.name[1:]}_W_1:0'] = W.transpose(2, 3, 1, 0)
-            group[f'{group.name[1:]}_b_1:0'] = b
-    content = (tmp_path / 'vgg19.h5').read_bytes()
-    monkeypatch.setattr(doodle, 'KERAS', {'file': 'vgg19.h5', 'bytes': len(content),
-                                          'md5': hashlib.md5(content).hexdigest()})
+def cache(doodle, tmp_path, monkeypatch):
+    """An empty cache folder, for which nothing can be fetched."""
     monkeypatch.setattr(doodle, 'ADDRESSES', ())
     monkeypatch.setattr(doodle, 'PATIENCE', 1)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    return tmp_path / 'cache/neural-doodle'
+
+
+@pytest.fixture
+def vgg19(doodle, cache, monkeypatch):
+    """A VGG19 of two filters a layer as Keras' file, and what fetches it into the cache."""
+    monkeypatch.setattr(doodle, 'WIDTHS', (2,) * 5)
+    layers = fuzz_weights.tiny(doodle)
+    content = fuzz_weights.keras(layers)
+    monkeypatch.setattr(doodle, 'KERAS', {'file': 'vgg19.h5', 'bytes': len(content),
+                                          'md5': hashlib.md5(content).hexdigest()})
 
     def fetch(*servers):
         monkeypatch.setenv('DOODLE_ADDRESSES', ' '.join(server.address for server in servers))
-        path = doodle.fetch_vgg19()
-        fetched = doodle.read_npz(path)
-        assert list(fetched) == list(layers)
+        weights, remark = doodle.fetch_vgg19()
+        assert remark is None and list(weights.layers) == list(layers)
         for name, pair in layers.items():
-            for ours, theirs in zip(fetched[name], pair):
+            for ours, theirs in zip(weights.layers[name], pair):
                 np.testing.assert_array_equal(ours, theirs)
-        return path
+        return weights.path
     return content, fetch
 
 
@@ -86,6 +91,56 @@ def test_a_good_server_is_asked_once_and_the_cache_serves_after(vgg19):
     path = fetch(server)
     assert fetch(server) == path and server.requests == [None]
     assert sorted(os.listdir(os.path.dirname(path))) == ['lock', 'vgg19.npz']
+
+
+class Drip(Server):
+    """Answers all at once up to a place, and from there byte by byte at a rate per second."""
+
+    def __init__(self, content, start, rate):
+        self.answer = b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n' % len(content) + content
+        self.start, self.rate = start, rate
+        super().__init__(content)
+
+    def finish_request(self, request, _):
+        request.recv(1 << 16)
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):                                      # a client that lost patience
+            request.sendall(self.answer[:self.start])
+            for place in range(self.start, len(self.answer), step := max(1, self.rate // 50)):
+                request.sendall(self.answer[place:place + step])
+                time.sleep(step / self.rate)
+
+
+@pytest.mark.parametrize('start', [0, 20, 10_000])                              # in a status line, a header, the body
+def test_a_download_that_drips_ends_with_its_reason_and_goes_on_later(doodle, vgg19, cache, monkeypatch, start):
+    content, fetch = vgg19
+    monkeypatch.setattr(doodle, 'PERIOD', .5)
+    begin = time.time()
+    with pytest.raises(OSError, match='less than 1 kB/s over 0.5 s'):
+        fetch(Drip(content, start, 20))
+    assert time.time() - begin < 2
+    have = (cache / 'vgg19.h5.part').stat().st_size
+    assert have > 9000 if start == 10_000 else have == 0
+    good = Server(content)
+    fetch(good)
+    assert good.requests == [f'bytes={have}-' if have else None]
+
+
+def test_a_slow_download_is_let_be(doodle, vgg19, monkeypatch):
+    content, fetch = vgg19
+    monkeypatch.setattr(doodle, 'PERIOD', .5)
+    start = time.time()
+    fetch(Drip(content, len(content) - 3000, 1500))
+    assert time.time() - start > 1.5
+
+
+def test_an_answer_without_an_end_is_ended(doodle, vgg19):
+    content, fetch = vgg19
+    endless = Drip(content, 0, 1)
+    endless.answer = b'HTTP/1.1 302 Found\r\nLocation: /x\r\n\r\n' + bytes(3_000_000)
+    endless.start = len(endless.answer)
+    with pytest.raises(OSError, match='something else'):
+        fetch(endless)
 
 
 @pytest.mark.parametrize('fault', ['refused', 'slow', 'wrong'])
@@ -124,23 +179,78 @@ def test_several_at_once_fetch_once(doodle, vgg19):
     assert len(set(paths)) == 1 and len(paths) == 5 and server.requests == [None]
 
 
+def test_a_run_that_waits_for_the_download_of_another_says_so_once(doodle, vgg19, cache, capsys):
+    content, fetch = vgg19
+    cache.mkdir(parents=True)
+    with open(cache / 'lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread = threading.Thread(target=fetch, args=[Server(content)])
+        thread.start()
+        time.sleep(.5)
+        assert capsys.readouterr().out.count('Waiting for another run') == 1 and thread.is_alive()
+    thread.join()
+    assert 'Waiting' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['lock', 'vgg19.h5.part'])
+@pytest.mark.parametrize('kind', ['link', 'dangling', 'fifo'])
+def test_nothing_is_written_through_a_link_in_the_cache(vgg19, cache, tmp_path, name, kind):
+    content, fetch = vgg19
+    cache.mkdir(parents=True)
+    target = tmp_path / 'precious'
+    if kind == 'fifo':
+        os.mkfifo(cache / name)
+    else:
+        (cache / name).symlink_to(target)
+    if kind == 'link':
+        target.write_text('precious')
+    with pytest.raises(OSError, match=name):
+        fetch(Server(content))
+    assert target.read_text() == 'precious' if kind == 'link' else not target.exists()
+
+
+def save(doodle, path, change):
+    """A cached network with a change to its layers."""
+    layers = fuzz_weights.tiny(doodle)
+    change(layers)
+    path.write_bytes(fuzz_weights.npz(layers, np.savez))
+
+
+BROKEN = {'empty': lambda doodle, path: path.write_bytes(b''),
+          'cut': lambda doodle, path: path.write_bytes(path.read_bytes()[:-500]),
+          'a wrong bit': lambda doodle, path: path.write_bytes(re.sub(rb'(?s)^(.{2000}).', rb'\1~', path.read_bytes())),
+          'a network that ends early': lambda doodle, path: save(doodle, path, lambda layers: layers.pop('5_4')),
+          'another network': lambda doodle, path: save(doodle, path, lambda layers: layers['1_1'][0].fill(1))}
+
+
+@pytest.mark.parametrize('kind', BROKEN)
+def test_a_broken_cache_is_fetched_anew(doodle, vgg19, kind):
+    content, fetch = vgg19
+    path = Path(fetch(Server(content)))
+    whole = path.read_bytes()
+    BROKEN[kind](doodle, path)
+    assert path.read_bytes() != whole
+    fetch(server := Server(content))
+    assert server.requests == [None]
+
+
 def options(doodle, *more):
     return doodle.parse_options(['--style=x.png', *more])
 
 
-def test_offline_the_bundled_network_serves_with_one_warning(doodle, vgg19, monkeypatch):
+def test_offline_the_bundled_network_serves_with_one_warning(doodle, cache, monkeypatch):
     monkeypatch.setenv('DOODLE_ADDRESSES', 'http://127.0.0.1:9/')
     weights, (remark, _) = doodle.find_weights(options(doodle))
     assert weights.kind == 'vgg16' and remark.count('WARNING') == 1 and 'FIX' in remark
 
 
-def test_what_is_no_address_is_one_more_that_cannot_be_reached(doodle, vgg19, monkeypatch):
+def test_what_is_no_address_is_one_more_that_cannot_be_reached(doodle, cache, monkeypatch):
     monkeypatch.setenv('DOODLE_ADDRESSES', 'no.address/x/ http://127.0.0.1:9/')
     with pytest.raises(OSError, match="unknown url type: 'no.address.*refused"):
         doodle.fetch_vgg19()
 
 
-def test_a_network_asked_for_by_name_is_had_or_the_run_fails(doodle, vgg19, monkeypatch):
+def test_a_network_asked_for_by_name_is_had_or_the_run_fails(doodle, cache, monkeypatch):
     monkeypatch.setenv('DOODLE_ADDRESSES', 'http://127.0.0.1:9/')
     with pytest.raises(doodle.UserError, match='cannot be fetched'):
         doodle.find_weights(options(doodle, '--network=vgg19'))

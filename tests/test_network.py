@@ -4,8 +4,14 @@ import hashlib
 import io
 import os
 import pickle
+import re
+import resource
 import shutil
 import struct
+import subprocess
+import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import h5py
@@ -136,6 +142,14 @@ def refusal(doodle, path):
     return problem
 
 
+def peak(path):
+    """The most memory in MB of a process that reads this file, and refuses it."""
+    program = ('import doodle, sys\ndoodle.import_pillow()\ntry:\n    doodle.read_weights(sys.argv[1])\n'
+               'except doodle.UserError:\n    print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])')
+    return 1e-3 * int(subprocess.check_output([sys.executable, '-c', program, path], cwd=ROOT, timeout=60,
+                                       preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))))
+
+
 def test_wrong_shapes_name_the_layer(doodle, tmp_path, top):
     W, b = top['1_2']
     for wrong in [(W[:, 1:], b), (W[1:], b), (W, b[1:]), (W[:, :, 1:], b), (W.transpose(2, 3, 1, 0), b), (b, W)]:
@@ -170,15 +184,20 @@ def test_a_pickle_of_something_else_is_refused(doodle, tmp_path, content):
 # ---- pickles ---------------------------------------------------------------------------------------------------------
 
 def unpickled(doodle, content):
-    return doodle.ArrayUnpickler(io.BytesIO(content), encoding='latin1').load()
+    """The arrays in a pickle, filters turned as the network has them."""
+    arrays = doodle.ArrayUnpickler(doodle.Bounded(io.BytesIO(content)), encoding='latin1').load()
+    return [doodle.pickled_array(array).read() for array in arrays]
 
 
 @pytest.mark.parametrize('protocol', range(6))
 def test_pickles_of_arrays_load_in_every_protocol(doodle, protocol):
     numbers = np.random.default_rng(0).random((2, 3), np.float32)
-    arrays = [numbers, np.asfortranarray(numbers), np.arange(3, dtype='>f8')]
-    for array, loaded in zip(arrays, unpickled(doodle, pickle.dumps(arrays, protocol))):
-        assert array.dtype.kind == loaded.dtype.kind and np.array_equal(array, loaded)
+    arrays = [numbers.astype(kind, order) for kind in ('<f4', '>f4', '<f8', '>f8') for order in 'CF']
+    arrays.append(numbers[:, ::2])
+    for core in (b'numpy.core', b'numpy._core')[:1 + (protocol < 4)]:                   # names that NumPy 2 writes
+        content = pickle.dumps(arrays, protocol).replace(b'numpy.core', core)
+        for array, loaded in zip(arrays, unpickled(doodle, content), strict=True):
+            assert array.dtype == loaded.dtype and np.array_equal(array, loaded)
 
 
 def test_a_pickle_of_python_2_loads(doodle):
@@ -191,11 +210,53 @@ def test_a_pickle_of_python_2_loads(doodle):
     assert loaded.dtype == np.float32 and loaded.tolist() == [[250, 251, 252], [253, 254, 255]]
 
 
+def test_a_pickle_of_python_2_loads_in_protocol_0(doodle):
+    numbers = struct.pack('<3d', 1.5, -1 / 3, 1e300)
+    array = (b"cnumpy.core.multiarray\n_reconstruct\np0\n(cnumpy\nndarray\np1\n(I0\ntp2\nS'b'\np3\ntp4\nRp5\n"
+             b"(I1\n(L3L\ntp6\ncnumpy\ndtype\np7\n(S'f8'\np8\nI0\nI1\ntp9\nRp10\n(I3\nS'<'\np11\nNNNI-1\nI-1\nI0\ntp12\nbI00\n"
+             b'S' + repr(numbers)[1:].encode() + b'\np13\ntp14\nb')
+    loaded, = unpickled(doodle, b'(lp15\n' + array + b'a.')
+    assert loaded.tolist() == [1.5, -1 / 3, 1e300]
+
+
+def forged(shape=(64, 3, 3, 3), numbers=bytes(64 * 27 * 4), name='f4', state=(3, '<', None, None, None, -1, -1, 0)):
+    """What pickles as a float32 array does, but for its shape and numbers, or its type's name and state."""
+    return Calls(np.core.multiarray._reconstruct, np.ndarray, (0,), b'b', state=(
+        1, shape, Calls(np.dtype, name, False, True, state=state), False, numbers))
+
+
+def flags(*values):
+    return 3, '<', None, None, None, *values
+
+
+@pytest.mark.parametrize('forgery', [
+    dict(name='O8', state=(3, '|', None, None, None, -1, -1, 63)),                      # numbers that are addresses
+    dict(name='O8', state=(3, '|', None, None, None, -1, -1, 0)), dict(state=flags(-1, -1, 63)), dict(name='i4'),
+    dict(state=flags(8, 8, 0)), dict(state=(*flags(-1, -1, 0), None)), dict(state=(3, '=', *flags(-1, -1, 0)[2:])),
+    dict(state=(3, '<', ('f4', (3,)), None, None, -1, -1, 0)), dict(numbers=bytes(64 * 27 * 4 - 1)),
+    dict(name='V4', state=(3, '|', None, ('a',), {}, 4, 1, 0)), dict(numbers=bytes(64 * 27 * 4 + 4)),
+    dict(numbers=[1.0] * 1728), dict(shape=(1 << 62, 4, 3, 3)), dict(shape=(64, 3, -3, -3)), dict(shape=64 * 27),
+    dict(shape='6433')])
+def test_a_forged_array_is_refused(doodle, tmp_path, forgery):
+    (tmp_path / 'a.pkl').write_bytes(pickle.dumps([forged(**forgery), np.zeros(64, np.float32)] * 16))
+    refusal(doodle, tmp_path / 'a.pkl')
+
+
+@pytest.mark.parametrize('content', [
+    b'\x80\x02]r\x00\x00\x00\x10.', b'\x80\x05\x96' + struct.pack('<Q', 5 << 30) + b'.',     # a memo, a bytearray
+    b'\x80\x04' + b']' * 20_000_000, b"S'", b'\x80\x04X' + struct.pack('<I', 130_000_000) + '\U0001f600'.encode()])
+def test_a_small_pickle_does_not_fill_the_memory(tmp_path, content):
+    (tmp_path / 'a.pkl.bz2').write_bytes(bz2.compress(content) + 200 * bz2.compress(bytes(10_000_000)))
+    assert peak(tmp_path / 'a.pkl.bz2') < 800
+
+
+
+
 class Calls:
     """Pickles as a call, which unpickling then makes."""
 
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
+    def __init__(self, function, *arguments, state=None):
+        self.call = function, arguments, state
 
     def __reduce__(self):
         return self.call
@@ -220,6 +281,119 @@ def test_a_pickle_that_names_anything_but_an_array_is_refused(doodle, module, na
     content = b'\x80\x04' + b''.join(b'\x8c' + bytes([len(text)]) + text.encode() for text in (module, name)) + b'\x93.'
     with pytest.raises(pickle.UnpicklingError, match=module):
         unpickled(doodle, content)
+
+
+# ---- HDF5 and .npz ---------------------------------------------------------------------------------------------------
+
+def elsewhere(folder):
+    """A file with a data set of the shape of conv1_1, outside of the one that is read."""
+    with h5py.File(folder / 'elsewhere.h5', 'w') as file:
+        file['W'] = np.zeros((3, 3, 3, 64), np.float32)
+    (folder / 'raw').write_bytes(bytes(27 * 64 * 4))
+
+
+def virtual(group):
+    layout = h5py.VirtualLayout((3, 3, 3, 64), np.float32)
+    layout[:] = h5py.VirtualSource('elsewhere.h5', 'W', (3, 3, 3, 64))
+    group.create_virtual_dataset('W', layout)
+
+
+def data_set(dtype='f4', shape=(3, 3, 3, 64), **how):
+    return lambda group: group.create_dataset('W', shape, dtype, **how)
+
+
+def bomb(group):
+    item = group.create_dataset('W', (3, 3, 3, 64), 'f4', chunks=(3, 3, 3, 64), compression='gzip')
+    item.id.write_direct_chunk((0, 0, 0, 0), zlib.compress(bytes(200_000_000), 1))
+
+
+def grains(group):
+    group.create_dataset('W', (3, 3, 3, 64), 'f4', np.zeros((3, 3, 3, 64)), maxshape=(None,) * 4,
+                         chunks=(99, 99, 99, 64))
+
+
+H5 = {'external storage': data_set(external=[('raw', 0, h5py.h5f.UNLIMITED)]), 'a virtual data set': virtual,
+      'an external link': lambda group: group.__setitem__('W', h5py.ExternalLink('elsewhere.h5', 'W')),
+      'a soft link': lambda group: group.__setitem__('W', h5py.SoftLink('/other')), 'a bomb': bomb,
+      'huge pieces': grains, 'another filter': data_set(compression='lzf', chunks=True), 'integers': data_set('i4'),
+      'scaled numbers': data_set(scaleoffset=2, chunks=True), 'records': data_set([('a', 'f4')]),
+      'an enumeration': data_set(h5py.enum_dtype({'a': 1})),
+      'strings': data_set(h5py.string_dtype()), 'a claim': data_set('f4', (3, 3, 3, 1 << 40), chunks=(3, 3, 3, 64)),
+      'long floats': data_set('f16'), 'nothing': lambda group: group.create_group('W'),
+      'itself': lambda group: group.__setitem__('W', group)}
+
+
+@pytest.mark.parametrize('kind', H5)
+def test_hdf5_that_is_more_than_plain_arrays_is_refused(doodle, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    elsewhere(tmp_path)
+    with h5py.File('a.h5', 'w') as file:
+        file['other'] = np.zeros((3, 3, 3, 64), np.float32)
+        group = file.create_group('block1_conv1')
+        group['b'] = np.zeros(64, np.float32)
+        H5[kind](group)
+    refusal(doodle, 'a.h5')
+    assert kind not in ('a bomb', 'huge pieces', 'a claim') or peak(tmp_path / 'a.h5') < 150
+
+
+def test_hdf5_packed_as_h5py_offers_is_read(doodle, tmp_path, top):
+    for how in (dict(compression='gzip'), dict(compression='gzip', shuffle=True, fletcher32=True),
+                dict(fletcher32=True), dict(chunks=(2, 2, 2, 48), compression=9),
+                dict(chunks=True, maxshape=(None,) * 4)):
+        with h5py.File(tmp_path / 'a.h5', 'w') as file:
+            for name, (W, b) in top.items():
+                group = file.create_group('block{}_conv{}/deeper'.format(*name.split('_')))
+                group.create_dataset('W', data=W.transpose(2, 3, 1, 0), **how)
+                group['b'] = b
+        assert same(doodle.read_weights(str(tmp_path / 'a.h5'))[0].layers, top)
+
+
+def zipped(path, W, method):
+    b = io.BytesIO()
+    np.save(b, np.zeros(64, np.float32))
+    with zipfile.ZipFile(path, 'w', method) as file:
+        file.writestr('conv1_1.W.npy', W)
+        file.writestr('conv1_1.b.npy', b.getvalue())
+
+
+def header(shape=(64, 3, 3, 3), dtype='<f4', version=(1, 0)):
+    content = io.BytesIO()
+    np.lib.format._write_array_header(content, dict(descr=dtype, fortran_order=False, shape=shape), version)
+    return content.getvalue()
+
+
+NPZ = {'a claim': header((64, 3, 3, 1 << 40)), 'more than it says': header() + bytes(200_000_000),
+       'less than it says': header() + bytes(27 * 64 * 4 - 1), 'negative': header((-64, -3, 3, 3)) + bytes(27 * 64 * 4),
+       'a long header': header(version=(2, 0)) + bytes(27 * 64 * 4), 'objects': header(dtype='|O') + bytes(27 * 64 * 8),
+       'a huge header': b'\x93NUMPY\x02\x00\x00\x00\x00\x0b' + bytes(200_000_000),
+       'long floats': header(dtype='<f16') + bytes(27 * 64 * 16)}
+
+
+@pytest.mark.parametrize('kind', NPZ)
+def test_an_npz_of_other_sizes_than_it_says_is_refused(doodle, tmp_path, kind):
+    zipped(tmp_path / 'a.npz', NPZ[kind], zipfile.ZIP_DEFLATED)
+    refusal(doodle, tmp_path / 'a.npz')
+    assert len(NPZ[kind]) < 1e8 or peak(tmp_path / 'a.npz') < 150
+
+
+def test_an_npz_packed_in_another_way_is_refused(doodle, tmp_path):
+    zipped(tmp_path / 'a.npz', header() + bytes(100_000_000), zipfile.ZIP_BZIP2)
+    refusal(doodle, tmp_path / 'a.npz')
+    assert peak(tmp_path / 'a.npz') < 100
+
+
+def test_an_npz_with_a_wrong_bit_is_refused(doodle, tmp_path, top):
+    content = bytearray(Path(save_npz(tmp_path / 'a.npz', top)).read_bytes())
+    content[3000] ^= 1
+    (tmp_path / 'a.npz').write_bytes(content)
+    assert 'CRC' in refusal(doodle, tmp_path / 'a.npz')
+
+
+def test_damaged_files_of_every_format_are_read_or_refused():
+    done = subprocess.run([sys.executable, ROOT / 'tests/fuzz_weights.py', '--count=480'], text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr[-2000:]
+    assert int(re.search(r'peak (\d+) MB', done.stdout)[1]) < 150
 
 
 # ---- which weights ---------------------------------------------------------------------------------------------------
@@ -258,6 +432,29 @@ def test_the_original_file_is_found_beside_the_script_then_in_this_folder(doodle
     assert find(doodle, '--network=vgg16')[0].path == str(tmp_path / 'script/vgg16.npz')
 
 
+def test_a_file_that_is_found_is_named_with_its_checksum(doodle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path(save_pickle(tmp_path / 'vgg19_conv.pkl.bz2', hollow(doodle, 'vgg19')))
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [line for line in find(doodle)[1] if checksum in line and 'found' in line]
+    assert not [line for line in find(doodle, f'--weights={path.name}')[1] if 'found' in line]
+
+
+def test_a_file_that_is_found_is_a_known_network_or_refused(doodle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layers = hollow(doodle, 'vgg19')
+    layers['1_1'][0][0, 0, 0] += 1
+    path = Path(save_pickle(tmp_path / 'vgg19_conv.pkl.bz2', layers))
+    with pytest.raises(doodle.UserError) as error:
+        find(doodle)
+    assert path.name in error.value.args[0] and f'--weights {path.name}' in error.value.args[1]
+    assert 'not a known' in find(doodle, f'--weights={path.name}')[1][0]
+    path.write_bytes(b'')
+    with pytest.raises(doodle.UserError) as error:
+        find(doodle)
+    assert 'remove this file' in error.value.args[1]
+
+
 # ---- balance ---------------------------------------------------------------------------------------------------------
 
 def test_every_layer_has_a_factor_and_those_of_vgg19_change_nothing(doodle):
@@ -285,7 +482,7 @@ def test_content_is_as_large_a_part_of_the_loss_as_with_vgg19(doodle, content, s
 def test_scaled_losses_are_said_to_be(doodle, tmp_path, monkeypatch, capsys, kind):
     def stop(*_):
         raise doodle.UserError('so far.', 'nothing')
-    monkeypatch.setattr(doodle, 'read_weights', lambda path: (
+    monkeypatch.setattr(doodle, 'read_weights', lambda path, given: (
         doodle.Weights(kind, dict.fromkeys(doodle.layer_names(kind)), path, ''), None))
     monkeypatch.setattr(doodle, 'import_theano', lambda device: (device, None))
     monkeypatch.setattr(doodle, 'handle_signals', lambda _: None)
