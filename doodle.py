@@ -1703,7 +1703,7 @@ def fetch_vgg19():
     if found := cached_vgg19(path):
         return found
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, 'lock'), 'a', opener=regular) as lock:
+    with open(os.path.join(folder, 'lock'), 'a', opener=opened_file) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)            # of concurrent runs only one fetches
         except BlockingIOError:
@@ -1715,7 +1715,7 @@ def fetch_vgg19():
         for address in (*os.environ.get('DOODLE_ADDRESSES', '').split(), *ADDRESSES):
             say(f'  - Fetching VGG19 from {address} ..')
             try:
-                with open(part, 'a+b', opener=regular) as file:
+                with open(part, 'a+b', opener=opened_file) as file:
                     download(address + KERAS['file'], file)
                     with open_h5(file) as stored, written_whole(path) as cache:
                         np.savez(cache, **{f'conv{name}.{kind}': array.read() for name, pair in stored.items()
@@ -3434,15 +3434,6 @@ def image_format(path):
         raise UserError(f'{path!r} does not end like a picture that can be written.',
                         'end it in .png or .jpg') from None
     return name
-
-
-def regular(path, flags):
-    """An opener for files whose names the program makes up: no links to elsewhere, and nothing but regular files."""
-    number = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    if not stat.S_ISREG(os.fstat(number).st_mode):
-        os.close(number)
-        raise OSError(f'{path!r} is not a file')
-    return number
 
 
 UMASK = os.umask(0)
