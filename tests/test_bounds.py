@@ -236,7 +236,7 @@ def test_what_may_not_be_read_is_told_with_its_bits_and_owner(monkeypatch, role,
         os.chmod(place, 0o644 if closed == 'folder' else 0)
         answer = subprocess.run([sys.executable, '-B', '-c', AS_NOBODY, '--style=style.png', '--content=content.png',
                                  '--seed=seed.png', f'--output={tempfile.gettempdir()}/none.png', '--check',
-                                 '--phases=1'],
+                                 '--phases=1', '--save-every=0'],
                                 capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
         os.chmod(place, 0o755)
     user, owner = (pwd.getpwuid(number).pw_name for number in (os.getuid() or 65534, os.getuid()))

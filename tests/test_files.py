@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import twin
-from conftest import ROOT
+from conftest import ROOT, mostly_slow
 from golden_data import FOLDER
 
 COMMON = ['--network=vgg16', '--print-every=1', '--log=log']
@@ -382,7 +382,8 @@ def pictures(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize('number, code', mostly_slow(
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], (signal.SIGINT, 130)))
 def test_a_signal_saves_the_image_painted_so_far(pictures, number, code):  # fault 16
     returned, lines = stopped(pictures, number, '  6   loss', *TEXTURE, '--phases=1', '--iterations=100000',
                               '--save-every=1', '--output=o.png')
@@ -417,7 +418,7 @@ def test_a_terminal_that_closes_ends_a_run_as_a_signal_does(pictures):
     assert (pictures / 'o.png').exists() and (pictures / 'o.png.checkpoint').exists()
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize('number', mostly_slow([signal.SIGINT, signal.SIGHUP], signal.SIGHUP))
 def test_a_signal_that_the_caller_ignores_stays_ignored(pictures, number):
     before = signal.signal(number, signal.SIG_IGN)                      # as nohup, and as sh for what runs in its &
     try:

@@ -854,7 +854,7 @@ def test_a_device_or_a_pipe_is_never_replaced(refused, pictures):
     os.symlink('/dev/full', 'device.png')
     os.mkfifo('pipe.png')
     for name in ('device.png', 'pipe.png'):
-        assert 'is a device or a pipe' in refused(*FACES, f'--output={name}')[0]
+        assert 'is not a file' in refused(*FACES, f'--output={name}')[0]
 
 
 def test_frames_with_too_long_a_name_are_refused(refused, pictures):

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 
 import doodle as program
-from conftest import ROOT
+from conftest import ROOT, mostly_slow
 from golden_data import FOLDER
 
 DEFAULTS = dict(
@@ -286,7 +286,7 @@ def test_no_compiler_is_a_sentence(run, tmp_path):
     assert re.fullmatch(r'ERROR: There is no g\+\+.*\n  FIX: install g\+\+.*\n', done.stderr)
 
 
-@pytest.mark.parametrize('how', [['-W', 'error'], ['-X', 'dev']])
+@pytest.mark.parametrize('how', mostly_slow([['-W', 'error'], ['-X', 'dev']], ['-X', 'dev']))
 def test_warnings_turned_on_change_nothing(tmp_path, how):
     done = subprocess.run([sys.executable, *how, ROOT / 'doodle.py', *TEXTURE, '--log=log'], cwd=tmp_path, text=True,
                           capture_output=True, timeout=600)
@@ -465,7 +465,7 @@ BREAKING = ('mode=DebugMode', 'linker=py', 'compute_test_value=raise', 'cast_pol
             'warn_float64=raise', 'numpy.seterr_all=raise', 'int_division=raise')
 
 
-@pytest.mark.parametrize('where', ['THEANO_FLAGS', 'THEANORC'])
+@pytest.mark.parametrize('where', mostly_slow(['THEANO_FLAGS', 'THEANORC'], 'THEANORC'))
 def test_keys_that_break_the_program_are_overridden(run, tmp_path, where):
     (tmp_path / 'rc').write_text('\n'.join(['[global]', *BREAKING, '']))
     done = run(tmp_path, *TEXTURE, **{where: ','.join(BREAKING) if where == 'THEANO_FLAGS' else 'rc'})
@@ -499,6 +499,7 @@ def test_a_theanorc_that_cannot_be_read_is_named(tmp_path, monkeypatch, kind):
     assert program.read_theanorc() == {}
 
 
+@pytest.mark.slow
 def test_the_compiler_of_the_user_is_the_one_that_compiles(tmp_path):
     """... also where there is no g++ on the path, and with a comma in a quoted flag."""
     wrapper, flags = tmp_path / 'my-g++', f"cxx={tmp_path}/my-g++,gcc.cxxflags='-O0 -Wl,-O1',base_compiledir={tmp_path}"
@@ -569,6 +570,7 @@ print(doodle.theano.function([x], x * x - 3)([2]))
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('damage', [lambda path: os.truncate(path, path.stat().st_size // 2),
                                     lambda path: os.truncate(path, 10), lambda path: os.truncate(path, 0),
                                     lambda path: path.write_bytes(path.read_bytes()[:5000].ljust(path.stat().st_size,
@@ -621,6 +623,7 @@ def left(path):
     path.parent.rmdir()
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_run_that_is_gone_is_passed_over_and_said(lock):
     gone = subprocess.Popen(['true'])
     gone.wait()
@@ -636,7 +639,7 @@ def test_a_process_that_got_the_number_of_one_that_is_gone_is_not_it(lock):
     assert 'gone' in said[-1] and seconds < 1.4
 
 
-@pytest.mark.parametrize('host', [HOST, 'other-host', 'host_with_bars'])
+@pytest.mark.parametrize('host', mostly_slow([HOST, 'other-host', 'host_with_bars'], HOST))
 def test_a_live_lock_is_waited_for_and_said_once(lock, host):
     said, seconds = lock(f'{os.getpid()}_1_{host}', left)
     assert len(said) == 1 and f'process {os.getpid()} on {host}' in said[0] and 3.9 < seconds
@@ -659,6 +662,7 @@ def test_who_compiles_shows_that_it_lives(doodle, tmp_path, monkeypatch):
 
 # ---- through a link --------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_script_finds_its_files_through_a_link(tmp_path):
     for path, target in (('bin/doodle', '../link.py'), ('link.py', ROOT / 'doodle.py')):
         (tmp_path / path).parent.mkdir(exist_ok=True)

@@ -375,7 +375,7 @@ def test_a_checkpoint_is_not_read_through_a_link(painted):
     assert 'cannot be read as a checkpoint' in painted('--resume').err
     os.remove(CHECKPOINT)
     os.mkfifo(CHECKPOINT)
-    assert 'it is not a file' in painted('--resume').err
+    assert 'is not a file' in painted('--resume').err
 
 
 def test_a_checkpoint_that_is_not_wanted_is_mentioned_and_replaced(painted):
