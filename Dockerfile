@@ -53,7 +53,7 @@ RUN printf '%s\n' '#!/bin/sh -eu' \
     '    fail "Compiled code cannot run in /tmp, which is mounted noexec." "use --tmpfs /tmp:exec"' \
     'case " $* " in' \
     '    *" --w"* | *" --n"*) ;;' \
-    '    *) [ -e /opt/doodle/weights/neural-doodle/vgg19.npz ] || set -- --network=vgg16 "$@" ;;' \
+    '    *) [ -e /opt/doodle/weights/neural-doodle/vgg19_weights_*.h5 ] || set -- --network=vgg16 "$@" ;;' \
     'esac' \
     'export HOME="$work" TMPDIR="$work" XDG_CACHE_HOME=/opt/doodle/weights DOODLE_CONTAINER=1 PYTHONHASHSEED=0' \
     'export THEANO_FLAGS="compiledir=$work/theano,cmodule.age_thresh_use=315360000,${THEANO_FLAGS:-}"' \

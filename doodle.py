@@ -1672,24 +1672,24 @@ def download(address, file):
         raise OSError('it sent something else')
 
 
-def cached_vgg19(path):
-    """VGG19 from the cache, as by `read_weights`; None if it is missing or broken."""
-    if os.path.exists(path):
-        if not os.access(path, os.R_OK):
-            raise forbidden(path)
-        with contextlib.suppress(UserError):
-            weights, remark = read_weights(path, given=False)
-            if list(weights.layers) == layer_names('vgg19'):
-                return weights, remark
+def cached_vgg19():
+    """Where VGG19 is kept once it was fetched, as Keras publishes it."""
+    folder = os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
+    return os.path.join(folder, 'neural-doodle', KERAS['file'])
 
 
-def cache_folder():
-    """Where VGG19 is kept once it was fetched."""
-    return os.path.join(os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache'), 'neural-doodle')
+def is_vgg19(path):
+    """Whether there is Keras' VGG19 at `path`, by size and checksum; UserError where it may not be read."""
+    if not os.path.isfile(path) or os.path.getsize(path) != KERAS['bytes']:
+        return False
+    if not os.access(path, os.R_OK):
+        raise forbidden(path)
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'md5').hexdigest() == KERAS['md5']
 
 
 def fetch_vgg19():
-    """VGG19 as by `read_weights`, from the cache folder, to which it is fetched where it is missing or broken.
+    """The path of VGG19 in the cache, to which it is fetched where it is missing or broken.
 
     ``DOODLE_ADDRESSES`` may hold further addresses of folders, separated by spaces, which are tried first.
 
@@ -1698,30 +1698,26 @@ def fetch_vgg19():
     OSError
         No address has the file; the message tells why, for each.
     """
-    folder = cache_folder()
-    path, part = os.path.join(folder, 'vgg19.npz'), os.path.join(folder, KERAS['file'] + '.part')
-    if found := cached_vgg19(path):
-        return found
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, 'lock'), 'a', opener=opened_file) as lock:
+    path = cached_vgg19()
+    if is_vgg19(path):
+        return path
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(os.path.join(os.path.dirname(path), 'lock'), 'a', opener=opened_file) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)            # of concurrent runs only one fetches
         except BlockingIOError:
             say('  - Waiting for another run, which fetches VGG19 ..')
             fcntl.flock(lock, fcntl.LOCK_EX)
         troubles = []
-        if found := cached_vgg19(path):
-            return found
+        if is_vgg19(path):
+            return path
         for address in (*os.environ.get('DOODLE_ADDRESSES', '').split(), *ADDRESSES):
             say(f'  - Fetching VGG19 from {address} ..')
             try:
-                with open(part, 'a+b', opener=opened_file) as file:
+                with open(path + '.part', 'a+b', opener=opened_file) as file:
                     download(address + KERAS['file'], file)
-                    with open_h5(file) as stored, written_whole(path) as cache:
-                        np.savez(cache, **{f'conv{name}.{kind}': array.read() for name, pair in stored.items()
-                                           for kind, array in zip('Wb', pair)})
-                    os.unlink(part)
-                return read_weights(path, given=False)
+                os.replace(path + '.part', path)
+                return path
             except (OSError, ValueError, http.client.HTTPException) as error:   # ValueError: no URL
                 troubles.append(f'{urllib.parse.urlsplit(address).netloc}: {error}')
     raise OSError('; '.join(troubles))
@@ -1738,17 +1734,17 @@ def find_weights(options):
     remarks : list of str
     """
     here = os.path.dirname(os.path.realpath(__file__))
-    path, found, fetched, trouble = options.weights, None, None, None
+    path, found, trouble = options.weights, None, None
     if not path and options.network != 'vgg16':
         found = next(filter(os.path.exists, (os.path.join(here, 'vgg19_conv.pkl.bz2'), 'vgg19_conv.pkl.bz2')), None)
         try:
-            fetched = None if found else fetch_vgg19()
+            path = None if found else fetch_vgg19()
         except OSError as error:
             trouble = f'VGG19 cannot be fetched ({error})'
             if options.network == 'vgg19':
                 raise UserError(trouble + '.', f"put {KERAS['file']} here and name it with --weights") from None
     bundled = os.path.join(here, 'vgg16.npz')
-    weights, remark = fetched or read_weights(path or found or bundled, given=bool(path))
+    weights, remark = read_weights(path or found or bundled, given=bool(path))
     if options.network not in (None, weights.kind):
         raise UserError(f'{weights.path!r} is {weights.kind}, not {options.network}.', 'change --weights or --network')
     for layer in options.style_layers + options.content_layers:
@@ -3330,7 +3326,7 @@ def check_files(options, places):
     """Refuse outputs that cannot be written or overwrite inputs; returns warnings of those lost with the container."""
     maps, here = map_paths(options), os.path.dirname(os.path.realpath(__file__))
     read = [options.content, options.style, options.weights, *maps, __file__,
-            os.path.join(cache_folder(), 'vgg19.npz'), 'vgg19_conv.pkl.bz2',
+            cached_vgg19(), 'vgg19_conv.pkl.bz2',
             *(os.path.join(here, name) for name in ('vgg16.npz', 'vgg19_conv.pkl.bz2', 'samples/automaps.py'))]
     read += [] if options.seed in ('noise', 'content') else [options.seed]
     read += map(import_automaps().preview_path, maps) if options.auto_maps else []
