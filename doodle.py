@@ -3403,7 +3403,14 @@ def open_log(path, at):
     if at.number and os.path.isfile(path):
         with open(path, 'rb') as file:
             old = sum(map(len, itertools.takewhile(lambda line: is_before(line, at), file)))
-    log = open(path, 'ab' if old else 'wb', buffering=0)
+    log = open(path, 'ab', buffering=0)
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)                 # another run may have it by another name
+    except BlockingIOError:
+        log.close()
+        raise UserError(f'--log {path!r} is being written by another run.', 'choose another --log') from None
+    except OSError:                                                     # some file systems have no locks
+        pass
     log.truncate(old)
     return log, old
 

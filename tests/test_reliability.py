@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -770,6 +771,18 @@ def test_a_second_run_with_an_output_or_log_is_refused_and_touches_nothing(paint
         return 1e12
     first = painted(at={13: second})
     assert (first.code, first.err) == (0, '') and len(first.asked) == 40 and not list(tmp_path.glob('.doodle-*'))
+
+
+def test_the_log_of_another_run_is_refused_by_any_of_its_names(doodle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log, _ = doodle.open_log('log', doodle.Checkpoint({}))
+    log.write(b'a line\n')
+    os.link('log', 'hard')
+    with pytest.raises(doodle.UserError, match="'hard' is being written by another run"):
+        doodle.open_log('hard', doodle.Checkpoint({}))
+    assert Path('log').read_bytes() == b'a line\n'
+    log.close()
+    doodle.open_log('hard', doodle.Checkpoint({}))[0].close()
 
 
 def test_a_run_of_another_machine_is_named_with_its_host(painted, doodle, monkeypatch):
