@@ -27,6 +27,11 @@ def mostly_slow(values, *quick):
             pytest.param(*(value if isinstance(value, tuple) else [value]), marks=pytest.mark.slow) for value in values]
 
 
+def first_quick(values, count):
+    """Parameters of a test, all slow but the first `count`."""
+    return [*values[:count], *mostly_slow(values[count:])]
+
+
 class NoNetwork:
     """What is the same in all objectives without a network; a test adds `__call__`."""
     style, target, history = {}, {}, np.zeros(0)

@@ -78,6 +78,7 @@ def test_a_missing_folder_of_the_result_is_made(texture):
     assert read(texture.folder / 'new/deep/texture.png').shape == (52, 60, 3)
 
 
+@pytest.mark.slow
 def test_output_size_is_width_x_height_and_a_drawn_seed_is_told(painted):  # faults 5, 9
     arguments = [argument for argument in TEXTURE if 'random-seed' not in argument]
     wide = painted(*arguments, '--iterations=1', '--output-size=71x41', '--output=wide.webp')
@@ -404,6 +405,7 @@ def test_a_signal_before_the_first_evaluation_says_that_there_is_nothing(picture
     assert not (pictures / 'o.png').exists()
 
 
+@pytest.mark.slow
 def test_a_terminal_that_closes_ends_a_run_as_a_signal_does(pictures):
     process, terminal = pty.fork()
     if not process:
@@ -418,7 +420,7 @@ def test_a_terminal_that_closes_ends_a_run_as_a_signal_does(pictures):
     assert (pictures / 'o.png').exists() and (pictures / 'o.png.checkpoint').exists()
 
 
-@pytest.mark.parametrize('number', mostly_slow([signal.SIGINT, signal.SIGHUP], signal.SIGHUP))
+@pytest.mark.parametrize('number', mostly_slow([signal.SIGINT, signal.SIGHUP]))
 def test_a_signal_that_the_caller_ignores_stays_ignored(pictures, number):
     before = signal.signal(number, signal.SIG_IGN)                      # as nohup, and as sh for what runs in its &
     try:

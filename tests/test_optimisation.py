@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from conftest import NoNetwork, minimised
+from conftest import NoNetwork, first_quick, minimised
 from golden_data import FOLDER
 from test_twin import thin_weights
 
@@ -250,12 +250,12 @@ def test_after_a_loss_that_is_no_number_the_matches_are_computed_anew(doodle):
     assert (found == anew.style['2_1'].matches.get_value()).all() and (found != matches).any()
 
 
-@pytest.mark.parametrize('name, forged', [
+@pytest.mark.parametrize('name, forged', first_quick([
     ('matches 2_1', lambda values: values[:-1]), ('matches 2_1', lambda values: values - values.max() - 1),
     ('matches 2_1', lambda values: values + 99), ('matches 2_1', lambda values: values[None]),
     ('matches 2_1', np.float64), ('fresh', np.int8), ('fresh', lambda values: values[None]), ('matches 3_1', np.array),
     ('history 2_1', lambda values: values[:-1]), ('history 2_1', lambda values: values * np.float32(np.nan)),
-    ('history 2_1', np.float64)])
+    ('history 2_1', np.float64)], 2))
 def test_matches_of_a_forged_checkpoint_are_refused(doodle, name, forged):
     weights = doodle.Weights('vgg19', {name[4:]: pair for name, pair in thin_weights().items()}, '', '')
     options = ['--style=-', '--style-layers=2_1', '--content-weight=0', '--cache=1', '--variety=1']

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 
 import doodle as program
-from conftest import ROOT, mostly_slow
+from conftest import ROOT, first_quick, mostly_slow
 from golden_data import FOLDER
 
 DEFAULTS = dict(
@@ -465,19 +465,19 @@ BREAKING = ('mode=DebugMode', 'linker=py', 'compute_test_value=raise', 'cast_pol
             'warn_float64=raise', 'numpy.seterr_all=raise', 'int_division=raise')
 
 
-@pytest.mark.parametrize('where', mostly_slow(['THEANO_FLAGS', 'THEANORC'], 'THEANORC'))
+@pytest.mark.parametrize('where', mostly_slow(['THEANO_FLAGS', 'THEANORC']))
 def test_keys_that_break_the_program_are_overridden(run, tmp_path, where):
     (tmp_path / 'rc').write_text('\n'.join(['[global]', *BREAKING, '']))
     done = run(tmp_path, *TEXTURE, **{where: ','.join(BREAKING) if where == 'THEANO_FLAGS' else 'rc'})
     assert (done.returncode, done.stderr) == (0, '') and (tmp_path / 'output.png').exists()
 
 
-@pytest.mark.parametrize('flags, named', [
+@pytest.mark.parametrize('flags, named', first_quick([
     ('cxx=', 'cxx= '), ('cxx=none', 'cxx=none'), ('cxx=/bin/false', '/bin/false'),
     ('optimizer=fast', '"optimizer"'),
     ('base_compiledir=/dev/null/x', "'/dev/null/x/"), ('compiledir=/dev/null/x', "'/dev/null/x'"),
     ('optimizer_verbose=perhaps', 'optimizer_verbose'), ("gcc.cxxflags='-O1", 'THEANO_FLAGS'),
-    ('compiledir_format=%(none)s', "'none'")])
+    ('compiledir_format=%(none)s', "'none'")], 3))
 def test_flags_that_theano_cannot_take_are_refused_by_name(run, tmp_path, flags, named):
     (tmp_path / 'rc').write_text(f'[global]\n{flags}\n')
     for where in {'THEANO_FLAGS': flags} | ({'THEANORC': 'rc'} if 'gcc' not in flags else {}):
@@ -543,7 +543,7 @@ def fake_compiler(folder, code):
     ('error writing to /tmp/x.s: No space left', 'echo "x.s: fatal error: error writing to /tmp/x.s: No space left on '
                                                  'device" >&2; exit 1'),
     ("unrecognized option '--x'", '''echo "g++: error: unrecognized option '--x'" >&2; exit 1''')])
-@pytest.mark.parametrize('warm', [False, True])
+@pytest.mark.parametrize('warm', first_quick([True, False], 1))
 def test_a_compiler_that_fails_is_a_sentence_and_leaves_nothing(run, tmp_path, problem, code, warm):
     (tmp_path / 'tmp').mkdir()
     if warm:                                                            # else it fails while Theano is imported
@@ -639,7 +639,7 @@ def test_a_process_that_got_the_number_of_one_that_is_gone_is_not_it(lock):
     assert 'gone' in said[-1] and seconds < 1.4
 
 
-@pytest.mark.parametrize('host', mostly_slow([HOST, 'other-host', 'host_with_bars'], HOST))
+@pytest.mark.parametrize('host', mostly_slow([HOST, 'other-host', 'host_with_bars']))
 def test_a_live_lock_is_waited_for_and_said_once(lock, host):
     said, seconds = lock(f'{os.getpid()}_1_{host}', left)
     assert len(said) == 1 and f'process {os.getpid()} on {host}' in said[0] and 3.9 < seconds
