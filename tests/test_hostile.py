@@ -222,7 +222,7 @@ def pictures(tmp_path):
 
 
 @pytest.mark.parametrize('role, kind, make, refused', mostly_slow(
-    ENTRIES, *(entry for entry in ENTRIES if entry[0] in ('style', 'style_map'))), ids=IDS)
+    ENTRIES, *(entry for entry in ENTRIES if entry[0] == 'style')), ids=IDS)
 def test_table(paint, pictures, tmp_path, role, kind, make, refused):
     path = pictures[role]
     path.unlink()
