@@ -110,7 +110,8 @@ def test_where_nothing_is_transparent_all_is_as_without(evaluated, choices, fast
     (plain, without, _), (_, opaque, _) = (evaluated(
         *choices, fast=fast, transparent=transparent, alpha=np.full_like(ALPHA, 1)) for transparent in (False, True))
     assert without.total == opaque.total and (without.gradient == opaque.gradient).all()
-    assert 'li-wand' in str(choices) or not any(scale is not None for scale in plain.scale.values())
+    assert 'li-wand' in str(choices) or not any(
+        getattr(term, 'scale', None) for term in plain.style.values())
 
 
 # ---- from the file on ------------------------------------------------------------------------------------------------
