@@ -43,7 +43,7 @@ class Ours:
 
     def __init__(self, fast, weights, options, content, style, content_map, style_map):
         self.fast, self.weights, self.options = fast, weights, options
-        self.objective = doodle.Objective(weights, options, True, True, fast)
+        self.objective = doodle.Objective(weights, options, True, True, fast, slices=options.slices)
         self.objective.set_phase(content, style, content_map, style_map, content.shape[:0:-1])
 
     def alone(self):

@@ -122,7 +122,8 @@ def test_a_whole_run_is_that_of_the_plain_formulas(doodle, tmp_path, evaluations
     size, style_size = (48, 56), (62, 54)
     content, style = (doodle.to_planes(doodle.resized(picture, to, doodle.Image.LANCZOS))
                       for picture, to in ((inputs.content, size), (inputs.style, style_size)))
-    engine, plain = (doodle.Objective(weights, options, True, inputs.style_map is not None, fast)
+    engine, plain = (doodle.Objective(weights, options, True, inputs.style_map is not None, fast,
+                                      slices=options.slices or 1)
                      for fast in (True, False))
     for objective in (engine, plain):
         objective.set_phase(content, style, inputs.content_map, inputs.style_map, size)

@@ -45,7 +45,8 @@ def evaluations(doodle, fast):
     rng = np.random.default_rng(0)
     image, style, *xs = (rng.uniform(0, 255, (3, *side)) for side in ((22, 26), (30, 18), (22, 26), (22, 26)))
     m, n = (rng.integers(0, 2, (*side, 2)) * 255. for side in ((22, 26), (30, 18)))
-    objective = doodle.Objective(weights, doodle.parse_options(OPTIONS), True, True, fast)
+    options = doodle.parse_options(OPTIONS)
+    objective = doodle.Objective(weights, options, True, True, fast, slices=options.slices)
     objective.set_phase(image, style, m, n, (26, 22))
     for found in map(objective, xs):
         yield from ([*found.content.values(), *found.style.values(), found.smooth], found.gradient)
@@ -71,7 +72,7 @@ def test_a_run_names_the_gpu_and_takes_slices_by_its_memory(run, path, tmp_path)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert re.search(rf'Using device `{DEVICE}` \(.+, \d+\.\d GB', done.stdout)
     header, *log = map(json.loads, (tmp_path / 'log').read_text().splitlines())
-    assert header['device'] == DEVICE and header['options']['slices'] == 1
+    assert header['device'] == DEVICE and header['slices'] == 1
     assert [entry['matching_seconds'] for entry in log] == [None, None] and (tmp_path / 'output.png').is_file()
 
 
