@@ -89,6 +89,7 @@ def test_output_size_is_width_x_height_and_a_drawn_seed_is_told(painted):  # fau
     assert wide.header['shapes']['output'] == [41, 71]
 
 
+@pytest.mark.slow
 def test_a_doodle_has_the_size_of_its_map_and_replaces_its_output(painted, tmp_path):
     for path in FOLDER.glob('tiny*.png'):
         shutil.copy(path, tmp_path)
@@ -331,6 +332,7 @@ def test_save_every_0_makes_no_frames(faces):
     assert not (faces.folder / 'frames').exists()
 
 
+@pytest.mark.slow
 def test_the_same_seed_paints_the_same_picture_and_frames_do_not_mix(texture, painted):  # fault 9
     before = contents(texture.folder / 'frames')
     again = painted(*TEXTURE, '--output=again.png', folder=texture.folder)
@@ -440,6 +442,7 @@ def ends_with(folder, code, *arguments):
     return re.search(r'^ERROR: (.+)\n  FIX: .+\n\Z', done.stderr, re.MULTILINE).group(1)
 
 
+@pytest.mark.slow
 def test_a_lack_of_memory_is_called_so(pictures):  # fault 11
     Image.new('RGB', (600, 450)).save(pictures / 'texture_style.png')
     limit = '''
@@ -457,6 +460,7 @@ doodle.Objective.set_phase = with_16_mb_left'''
     MemoryError(), RuntimeError('GpuCorrMM failed to allocate working memory of 576 x 3000000\n'),
     RuntimeError('BaseGpuCorrMM: Failed to allocate output of 1 x 64 x 1500 x 2000\nApply node: ..'),
     Exception("b'cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY: out of memory'")])
+@pytest.mark.slow
 def test_a_lack_of_memory_is_called_so_on_a_gpu_as_well(doodle, refused, monkeypatch, error):  # fault 11
     def run(arguments):
         raise error

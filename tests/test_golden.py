@@ -33,7 +33,7 @@ def objective_for(doodle):
     return objective
 
 
-@pytest.mark.parametrize('fast', [True, False], ids=['engine', 'plain'])
+@pytest.mark.parametrize('fast', mostly_slow([True, False], True), ids=['engine', 'plain'])
 @pytest.mark.parametrize('name', mostly_slow(names('fake') + names('real'), 'fake/default'))
 def test_the_program_is_the_twin_and_within_1_percent_of_the_original(doodle, objective_for, name, fast, tmp_path,
                                                                       monkeypatch):

@@ -316,6 +316,7 @@ def limited(limit, *arguments):
                            *arguments], text=True, capture_output=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_few_open_files_are_a_sentence_and_what_may_be_raised_is(tmp_path):
     done = limited('-n 10', *TEXTURE)
     assert done.returncode == 2 and re.fullmatch(r'ERROR: Only 10 files .+\n  FIX: .*ulimit -n.+\n', done.stderr)
@@ -335,7 +336,7 @@ def test_what_is_no_number_of_threads_is_refused(refused, monkeypatch, text):
     assert refused('--style=a.png')[0] == f'OMP_NUM_THREADS={text!r} is not a number of threads from 1 to 999.'
 
 
-@pytest.mark.parametrize('name', ['numpy', 'PIL', 'tqdm', 'theano', 'lasagne', 'skimage'])
+@pytest.mark.parametrize('name', first_quick(['numpy', 'theano', 'PIL', 'tqdm', 'lasagne', 'skimage'], 2))
 def test_a_missing_package_is_a_sentence(tmp_path, name):
     printed = python('import doodle, sys\n'
                      'sys.stderr = sys.stdout\n'
