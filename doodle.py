@@ -1338,6 +1338,7 @@ KERAS = {'file': 'vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5', 'bytes': 8
          'md5': '253f8cb515780f3b799900260a226db6'}
 ADDRESSES = ('https://storage.googleapis.com/tensorflow/keras-applications/vgg19/',
              'https://github.com/fchollet/deep-learning-models/releases/download/v0.1/')
+ORIGINAL = 'vgg19_conv.pkl.bz2'                                       # the original program's VGG19
 PATIENCE = 20                 # seconds without data, then the next address: 16 kB of TLS come at once, or not at all
 SLOWEST, PERIOD = 1000, 60                                           # bytes a second over so many: the next address
 
@@ -1733,18 +1734,16 @@ def find_weights(options):
     weights : Weights
     remarks : list of str
     """
-    here = os.path.dirname(os.path.realpath(__file__))
     path, found, trouble = options.weights, None, None
     if not path and options.network != 'vgg16':
-        found = next(filter(os.path.exists, (os.path.join(here, 'vgg19_conv.pkl.bz2'), 'vgg19_conv.pkl.bz2')), None)
+        found = next(filter(os.path.exists, (beside(ORIGINAL), ORIGINAL)), None)
         try:
             path = None if found else fetch_vgg19()
         except OSError as error:
             trouble = f'VGG19 cannot be fetched ({error})'
             if options.network == 'vgg19':
                 raise UserError(trouble + '.', f"put {KERAS['file']} here and name it with --weights") from None
-    bundled = os.path.join(here, 'vgg16.npz')
-    weights, remark = read_weights(path or found or bundled, given=bool(path))
+    weights, remark = read_weights(path or found or beside('vgg16.npz'), given=bool(path))
     if options.network not in (None, weights.kind):
         raise UserError(f'{weights.path!r} is {weights.kind}, not {options.network}.', 'change --weights or --network')
     for layer in options.style_layers + options.content_layers:
@@ -3186,7 +3185,7 @@ def classify_maps(paths, pictures, longest=None):
 @functools.cache
 def import_automaps():
     """``samples/automaps.py`` beside the script, as a module that imports this one."""
-    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'samples', 'automaps.py')
+    path = beside('samples/automaps.py')
     if not os.path.isfile(path):
         raise UserError(f'--auto-maps needs {path!r}, which is not there.',
                         'copy it there from where the script is from, or leave --auto-maps out')
@@ -3264,6 +3263,11 @@ def expanded(path):
     return found
 
 
+def beside(name):
+    """The path of a file that lies beside the script, also if that is reached through a link."""
+    return os.path.join(os.path.dirname(os.path.realpath(__file__)), name)
+
+
 def same_file(a, b):
     """Whether two paths, existing or not, name one file."""
     return os.path.realpath(a) == os.path.realpath(b) or all(map(os.path.exists, (a, b))) and os.path.samefile(a, b)
@@ -3324,10 +3328,9 @@ def kept(places):
 
 def check_files(options, places):
     """Refuse outputs that cannot be written or overwrite inputs; returns warnings of those lost with the container."""
-    maps, here = map_paths(options), os.path.dirname(os.path.realpath(__file__))
-    read = [options.content, options.style, options.weights, *maps, __file__,
-            cached_vgg19(), 'vgg19_conv.pkl.bz2',
-            *(os.path.join(here, name) for name in ('vgg16.npz', 'vgg19_conv.pkl.bz2', 'samples/automaps.py'))]
+    maps = map_paths(options)
+    read = [options.content, options.style, options.weights, *maps, __file__, cached_vgg19(), ORIGINAL,
+            *map(beside, ('vgg16.npz', ORIGINAL, 'samples/automaps.py'))]
     read += [] if options.seed in ('noise', 'content') else [options.seed]
     read += map(import_automaps().preview_path, maps) if options.auto_maps else []
     check_written(options, places, read)
