@@ -1386,14 +1386,20 @@ class Recorded:
 
 
 # The opcodes that pickles of arrays have, in protocols 0 to 5, from Python 2 and 3.
-OPCODES = (
-    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE),
-    *(pickle.BUILD, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1),
-    *(pickle.BININT2, pickle.LONG, pickle.LONG1, pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING),
-    *(pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINBYTES),
-    *(pickle.SHORT_BINBYTES, pickle.BINBYTES8, pickle.BYTEARRAY8, pickle.EMPTY_LIST, pickle.LIST, pickle.APPEND),
-    *(pickle.APPENDS, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.PUT),
-    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.GET, pickle.BINGET, pickle.LONG_BINGET))
+OPCODES = '''
+    PROTO FRAME STOP MARK GLOBAL STACK_GLOBAL REDUCE BUILD NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG
+    LONG1 STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BINBYTES8
+    BYTEARRAY8 EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 PUT BINPUT LONG_BINPUT MEMOIZE
+    GET BINGET LONG_BINGET
+'''.split()
+
+
+def latin1(load):
+    """The opcode that loads a text, for texts of which every character takes a byte: others take four times that."""
+    def load_latin1(self):
+        load(self)
+        self.stack[-1].encode('latin1')
+    return load_latin1
 
 
 class ArrayUnpickler(pickle._Unpickler):
@@ -1414,16 +1420,9 @@ class ArrayUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError('it makes a call that no array needs')
         self.append(Recorded(called.name, arguments))
 
-    def load_unicode(self):
-        pickle._Unpickler.load_unicode(self)
-        self.stack[-1].encode('latin1')                               # other characters take four times the memory
-
-    def load_binunicode(self):
-        pickle._Unpickler.load_binunicode(self)
-        self.stack[-1].encode('latin1')
-
-    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in OPCODES}
-    dispatch |= {pickle.UNICODE[0]: load_unicode, pickle.BINUNICODE[0]: load_binunicode,
+    dispatch = {code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in OPCODES)}
+    dispatch |= {pickle.UNICODE[0]: latin1(pickle._Unpickler.load_unicode),
+                 pickle.BINUNICODE[0]: latin1(pickle._Unpickler.load_binunicode),
                  pickle.REDUCE[0]: load_reduce, pickle.FRAME[0]: lambda self: self.read(8),
                  pickle.BYTEARRAY8[0]: dispatch[pickle.BINBYTES8[0]]}   # the same bytes, but read before room is made
 
