@@ -1271,8 +1271,9 @@ def evaluate(objective, at, journal, signals):
             at.memory['fresh'] = np.array(True)                         # the restart needs new matches
         objective.restore(at.memory)
         raise
-    at.count(evaluation)
-    journal.record(at, x, evaluation)
+    largest = float(np.abs(evaluation.gradient).max())
+    at.count(largest)
+    journal.record(at, x, evaluation, largest)
     at.memory = objective.state()
     at.minimiser.tell(evaluation.total, evaluation.gradient)
 
@@ -3530,7 +3531,7 @@ def written_whole(path, durable=False):
     prefix = hidden(path)
     names = fnmatch.filter(os.listdir(folder), prefix + '*') if os.access(folder, os.R_OK) else ()
     for name in (os.path.join(folder, name) for name in names):
-        with contextlib.suppress(OSError), open(opened_file(name, os.O_RDONLY)) as file:
+        with contextlib.suppress(OSError), open(name, opener=opened_file) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)            # unlocked: left by a killed run
             remove(name, file)
     while True:
@@ -3608,10 +3609,10 @@ class Checkpoint:
         self.phase, self.evaluation, self.error = phase, 0, 255.
         self.minimiser, self.memory = Minimiser(image), objective.state()
 
-    def count(self, evaluation):
-        """Count an evaluation."""
+    def count(self, largest):
+        """Count an evaluation, whose `largest` |gradient| of a pixel is known."""
         self.evaluation, self.number = self.evaluation + 1, self.number + 1
-        self.error = 0.9 * self.error + 0.1 * min(float(np.abs(evaluation.gradient).max()), 255)
+        self.error = 0.9 * self.error + 0.1 * min(largest, 255)
 
 
 def provenance(inputs, weights, options):
@@ -3679,7 +3680,7 @@ def read_checkpoint(path, header):
     """
     restart = 'leave --resume out, to start anew'
     try:
-        with open(opened_file(path, os.O_RDONLY), 'rb') as file:
+        with open(path, 'rb', opener=opened_file) as file:
             check_head(file, path, header, restart)
             numbers, state = read_state(file)
         at = Checkpoint(**numbers)
@@ -3837,7 +3838,7 @@ class Journal:
         self.say('')
         self.since = time.time()
 
-    def record(self, at, x, evaluation):
+    def record(self, at, x, evaluation, largest):
         """Write line, frame and log entry of the evaluation of `x` (3, H, W), which `at` has just counted."""
         number, every = at.number - 1, self.options.print_every         # counts from 0
         if every and number % every == 0:
@@ -3853,7 +3854,7 @@ class Journal:
         self.write_log(dict(
             phase=at.phase, evaluation=at.evaluation - 1, total=evaluation.total, content=evaluation.content,
             style=evaluation.style, smooth=evaluation.smooth, gradient_l2=float(np.linalg.norm(evaluation.gradient)),
-            gradient_max=float(np.abs(evaluation.gradient).max()), seconds=evaluation.seconds,
+            gradient_max=largest, seconds=evaluation.seconds,
             matching_seconds=evaluation.matching_seconds))
         self.bar.update()
 
