@@ -76,17 +76,23 @@ def run():
 
 
 @pytest.fixture
-def refused(capsys, tmp_path, monkeypatch):
+def handlers():
+    """Handlers of signals are after the test what they were before."""
+    before = {number: signal.getsignal(number) for number in importlib.import_module('doodle').SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch, handlers):
     """The problem and the fix that the program answers to a mistake, before any work: refused('--style=a.png', ...)."""
     program = importlib.import_module('doodle')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(program, 'import_theano', lambda device: pytest.fail('not refused'))
-    handlers = {number: signal.getsignal(number) for number in program.SIGNALS}
 
     def refused(*arguments):
         assert program.main(list(map(str, arguments))) == 2
         problem, fix = re.fullmatch(r'ERROR: (.+)\n  FIX: (.+)\n', capsys.readouterr().err).groups()    # no third line
         return problem, fix
-    yield refused
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return refused

@@ -10,7 +10,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -168,10 +167,9 @@ IDS = [f'{role}-{kind!a:.40}' for role, kind, *_ in ENTRIES]
 # ---- the program, all that is expensive cut off ----------------------------------------------------------------------
 
 @pytest.fixture
-def paint(doodle, tmp_path, monkeypatch, capsys):
+def paint(doodle, tmp_path, monkeypatch, capsys, handlers):
     """paint('--style=a.png', ...) -> exit code, stdout, stderr, what the loss was given; a loss without a network."""
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in doodle.SIGNALS}
 
     class Objective(NoNetwork):
         def set_phase(self, content, style, content_map, style_map, size, style_alpha):
@@ -193,9 +191,7 @@ def paint(doodle, tmp_path, monkeypatch, capsys):
         given_to.clear()
         code = doodle.main([*map(str, arguments)])
         return code, *capsys.readouterr(), given_to
-    yield paint
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return paint
 
 
 def contents(folder):

@@ -1,6 +1,5 @@
 """L-BFGS-B and the way through the phases, on losses that need no network."""
 import contextlib
-import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -148,10 +147,9 @@ class Objective(NoNetwork):
 
 
 @pytest.fixture
-def painted(doodle, tmp_path, monkeypatch):
+def painted(doodle, tmp_path, monkeypatch, handlers):
     """Paint with an objective; returns the journal, where the run got to, and the sizes of the images it saved."""
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in doodle.SIGNALS}
 
     def painted(objective, *arguments):
         options = doodle.parse_options([
@@ -169,9 +167,7 @@ def painted(doodle, tmp_path, monkeypatch):
         except KeyboardInterrupt:
             journal.save(at)
         return seen
-    yield painted
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return painted
 
 
 def test_each_phase_has_its_sizes_pictures_maps_and_evaluations(doodle, painted):

@@ -37,7 +37,7 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def painted(doodle, tmp_path, monkeypatch, capsys):
+def painted(doodle, tmp_path, monkeypatch, capsys, handlers):
     """The whole program in a folder with pictures, its loss a quadratic one without a network.
 
     painted('--resume', ..., at={12: action}) acts instead of evaluation 12, counted from this start; after={12: action}
@@ -47,7 +47,6 @@ def painted(doodle, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for path in FOLDER.glob('face*.png'):
         shutil.copy(path, tmp_path)
-    handlers = {number: signal.getsignal(number) for number in doodle.SIGNALS}
 
     def painted(*arguments, given=FACES, at={}, after={}):
         seen = SimpleNamespace(asked=[], history=[], phase=None)
@@ -81,9 +80,7 @@ def painted(doodle, tmp_path, monkeypatch, capsys):
         seen.out, seen.err = capsys.readouterr()
         seen.log = [json.loads(line) for line in open('log')] if os.path.exists('log') else []
         return seen
-    yield painted
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return painted
 
 
 def stop(error):
