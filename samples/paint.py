@@ -4,14 +4,22 @@
 # ///
 """Make the sample pictures and their painted maps again, pixel by pixel.
 
-    python samples/paint.py [paintings.rcc] [details.rcc] [face.dat]
+    python samples/paint.py [paintings.rcc] [details.rcc] [face.dat] [archives of the portraits]
 
-The files are needed for auvers.png, church.jpg and raccoon.jpg alone; two are from Debian's package gcompris-qt-data
-(3.1-2), one from SciPy's last version that had it:
+The files are needed for auvers.png, church.jpg, raccoon.jpg and the portraits alone; two are from Debian's package
+gcompris-qt-data (3.1-2), one from SciPy's last version that had it:
 
     apt-get download gcompris-qt-data && dpkg-deb -x gcompris-qt-data_*.deb unpacked
     pip download --no-deps --only-binary=:all: scipy==1.9.3 && unzip -j scipy-1.9.3-*.whl scipy/misc/face.dat
     python samples/paint.py unpacked/usr/share/gcompris-qt/rcc/{paintings,details}.rcc face.dat
+
+The portraits' archives are taken as they come, but for two of Debian's packages, which become tar files:
+
+    pip download --no-deps gramps==6.0.8 nikola==8.3.3
+    pip download --no-deps --no-binary=:all: face_recognition==1.3.0 wand==0.7.2
+    for package in openclipart-png wordpress-theme-twentytwentyone; do
+        apt-get download $package && dpkg-deb --fsys-tarfile ${package}_*.deb > $package.tar; done
+    python samples/paint.py unpacked/usr/share/gcompris-qt/rcc/details.rcc *.whl *.tar.gz *.tar
 """
 
 import bz2
@@ -19,6 +27,8 @@ import io
 import os
 import struct
 import sys
+import tarfile
+import zipfile
 
 import matplotlib.cbook
 import numpy as np
@@ -259,6 +269,34 @@ RACCOON = [
     ('background', '25,300 60,297 120,295 180,295 230,297 245,300 230,301 180,301 120,302 60,302 25,304'),
 ]
 
+# Portraits: the archive, the file in it, what is cut out (left, top, right, bottom) and the size that it gets.
+WHITE_HOUSE, WAND = 'face_recognition-1.3.0.tar.gz', 'wand-0.7.2.tar.gz'
+GRAMPS, NIKOLA = 'gramps-6.0.8-py3-none-any.whl', 'nikola-8.3.3-py3-none-any.whl'
+CLIPART, MORISOT = 'openclipart-png.tar', 'wordpress-theme-twentytwentyone.tar'
+PORTRAITS = {
+    'andersson.jpg': (GRAMPS, '654px-Aksel_Andersson.jpg', (100, 0, 500, 500), (400, 500)),
+    'biden.jpg': (WHITE_HOUSE, 'biden.jpg', (250, 70, 750, 695), (400, 500)),
+    'blue_room.jpg': (WHITE_HOUSE, 'obama3.jpg', (0, 0, 1434, 2333), (315, 512)),
+    'boy.jpg': (CLIPART, 'a_happy_boy_01.png', (20, 150, 740, 1050), (400, 500)),
+    'cut.jpg': (WHITE_HOUSE, 'obama.jpg', (455, 0, 855, 500), (400, 500)),
+    'dahlgren.jpg': (GRAMPS, 'E_W_Dahlgren.jpg', (190, 20, 590, 520), (400, 500)),
+    'expedition.jpg': (GRAMPS, '1897_expeditionsmannschaft_rio_a.jpg', (0, 0, 500, 347), (500, 347)),
+    'grandpa.jpg': (CLIPART, 'grandpa_01.png', (20, 160, 720, 1035), (400, 500)),
+    'handel.png': (CLIPART, 'people/handel_ganson.png', (0, 0, 415, 481), (415, 481)),
+    'manga.png': (CLIPART, 'manga_girl_dirk_struve_01.png', (0, 0, 160, 200), (320, 400)),
+    'mauve.jpg': (MORISOT, 'young-woman-in-mauve.jpg', (200, 80, 760, 780), (400, 500)),
+    'mehmed.jpg': (GRAMPS, 'Alimehemet.jpg', (25, 15, 425, 515), (400, 500)),
+    'mona_lisa.jpg': (WAND, 'mona-lisa.jpg', (56, 30, 356, 405), (400, 500)),
+    'morisot.jpg': (MORISOT, 'self-portrait-1885.jpg', (200, 80, 760, 780), (400, 500)),
+    'nikola.jpg': (NIKOLA, 'frontispiece.jpg', (8, 10, 456, 712), (327, 512)),
+    'obama.jpg': (WHITE_HOUSE, 'obama.jpg', (235, 0, 755, 650), (400, 500)),
+    'reading.jpg': (MORISOT, 'Reading.jpg', (400, 180, 860, 755), (400, 500)),
+    'speaking.jpg': (WHITE_HOUSE, 'obama2.jpg', (110, 110, 626, 690), (455, 512)),
+    'statue.jpg': (CLIPART, 'man_head_mikhail_a.medve_01.png', (0, 0, 4940, 8240), (307, 512)),
+    'tanguy.jpg': ('details.rcc', 'PortraitOfPereTanguy_background.webp', (55, 5, 335, 355), (400, 500)),
+    'tesla.jpg': (NIKOLA, 'tesla2_lg.jpg', (0, 0, 252, 373), (338, 500)),
+}
+
 
 def paint(colours, shapes, size):
     """The map: each shape filled with its part's flat colour (a pixel is in or out, by its centre)."""
@@ -350,6 +388,34 @@ def animals(raccoon):
     save('raccoon_sem.png', paint(ANIMAL, RACCOON, (450, 360)))
 
 
+def extract(archive, name):
+    """The bytes of the one file whose path ends in this name, in a wheel, a tar file or a Qt resource archive."""
+    def the(paths):
+        path, = [path for path in paths if path.endswith('/' + name)]
+        return path
+
+    if archive.endswith('.rcc'):
+        files = unpack(archive)
+        return files[the(files)]
+    if archive.endswith('.whl'):
+        with zipfile.ZipFile(archive) as wheel:
+            return wheel.read(the(wheel.namelist()))
+    with tarfile.open(archive) as tar:
+        return tar.extractfile(the(tar.getnames())).read()
+
+
+def portraits(given):
+    """Portraits of many kinds, cut and scaled (those whose archive is given); what is transparent becomes white."""
+    for name, (archive, member, box, size) in PORTRAITS.items():
+        if archive in given:
+            picture = Image.open(io.BytesIO(extract(given[archive], member))).crop(box)
+            if picture.mode == 'RGBA':
+                picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture).convert('RGB')
+            save(f'portraits/{name}', picture.resize(size, Image.Resampling.LANCZOS))
+    save('portraits/camera.jpg', skimage.data.camera()[20:470, 60:510])
+    save('portraits/coffee.jpg', skimage.data.coffee()[:, 30:530])
+
+
 if __name__ == '__main__':
     given = {os.path.basename(path): path for path in sys.argv[1:]}
     faces()
@@ -357,3 +423,4 @@ if __name__ == '__main__':
     church(given.get('details.rcc'))
     animals(given.get('face.dat'))
     save('gravel.png', skimage.data.gravel()[:320, :320])
+    portraits(given)
