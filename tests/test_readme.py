@@ -1,10 +1,12 @@
 """What is said twice is the same: README, --help, requirements.txt and the script's own metadata."""
+import hashlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -73,3 +75,16 @@ def test_troubleshooting_names_messages_that_the_program_has():
     for message in ('There is no g++', "Python's headers are missing", 'There is not enough memory', 'cannot be used'):
         assert message in README and message in script
     assert README.count('FIX: ') >= 8
+
+
+def test_every_sample_has_its_size_origin_licence_and_checksum():
+    samples = ROOT / 'samples'
+    rows = re.findall(r'^\| `(\S+\.(?:png|jpg))` \| (\d+x\d+) \| (.+) \| (.+) \| (.+) \| (.+) \| `(\w+)` \|$',
+                      (samples / 'README.md').read_text(), re.MULTILINE)
+    for name, size, *words, checksum in rows:
+        with Image.open(samples / name) as picture:
+            assert '{}x{}'.format(*picture.size) == size, name
+        assert hashlib.sha256((samples / name).read_bytes()).hexdigest() == checksum, name
+        assert all(map(str.strip, words)), name     # what, origin, author, licence
+    portraits = {f'portraits/{path.name}' for path in (samples / 'portraits').iterdir() if '_sem' not in path.stem}
+    assert len(portraits) > 20 and portraits <= {name for name, *_ in rows}
