@@ -197,6 +197,7 @@ def networks():
 SIDE = 128                                                                          # of the detector's window
 MARGIN = 16                                                                         # around the picture: faces are cut
 STEP = 64                                                                           # from window to window
+SURE = .7                                                                           # score of a face beyond doubt
 LEVELS = 96, 192, 384                                                               # long sides of the picture
 
 
@@ -346,13 +347,13 @@ def sure(picture, levels=LEVELS):
         same = [points[list(numbers)].mean(axis=0) for numbers in (RIGHT_EYE, LEFT_EYE, [NOSE_TIP], MOUTH_MIDDLE)]
         apart = np.linalg.norm(box[2:6] - same, axis=1).mean() / size
         known = any(np.linalg.norm(points[NOSE_TIP] - face.points[NOSE_TIP]) < face.size / 2 for face in faces)
-        if flag > .99 and (score > .7 or apart < .15) and not known:
+        if flag > .99 and (score > SURE or apart < .15) and not known:
             faces.append(Face(score, flag, points, size))
     return sorted(faces, key=lambda face: -face.size)
 
 
 def find_faces(picture):
-    """The sure faces in a picture, largest first; where none is upright, those that lie on their side.
+    """The sure faces in a picture, largest first; where none that is upright has a high score, those of the best turn.
 
     Parameters
     ----------
@@ -362,13 +363,19 @@ def find_faces(picture):
     -------
     list of Face
     """
-    height, width = picture.shape[:2]
-    faces = sure(picture)
-    for turns, signs, shift in ((1, (-1, 1), (width, 0)), (3, (1, -1), (0, height))):
-        if not faces:
-            faces = [face._replace(points=face.points[:, ::-1] * signs + shift)
-                     for face in sure(np.ascontiguousarray(np.rot90(picture, turns)), LEVELS[:2])]
-    return faces
+    best, highest = [], 0
+    for turns in range(4):                                                          # counterclockwise
+        turned = np.ascontiguousarray(np.rot90(picture, turns))
+        faces = sure(turned, LEVELS if turns == 0 else LEVELS[:2])
+        score = max((face.score for face in faces), default=0)
+        if score > highest:
+            centres = [np.array(side.shape[1::-1]) / 2 for side in (turned, picture)]
+            back = rotation(turns * np.pi / 2).T
+            best = [face._replace(points=(face.points - centres[0]) @ back + centres[1]) for face in faces]
+            highest = score
+        if highest > SURE:
+            break
+    return best
 
 
 def person(picture):
