@@ -198,6 +198,7 @@ SIDE = 128                                                                      
 MARGIN = 16                                                                         # around the picture: faces are cut
 STEP = 64                                                                           # from window to window
 SURE = .7                                                                           # score of a face beyond doubt
+UPRIGHT = .85                                                                       # hanging ones had up to .78
 LEVELS = 96, 192, 384                                                               # long sides of the picture
 
 
@@ -338,16 +339,20 @@ def landmarks(picture, box, rounds=3):
     return corners, flag
 
 
-def sure(picture, levels=LEVELS):
-    """The faces in a picture, more or less upright, that both networks agree on; largest first."""
+def sure(picture, levels=LEVELS, least=.5):
+    """The faces in a picture, more or less upright, that both networks see; largest first.
+
+    Where the detector is in doubt, the mesh must be certain, and both must have the same eyes, nose and mouth.
+    `levels` and `least` are those of `detect`.
+    """
     faces = []
-    for score, box in detect(picture, levels):
+    for score, box in detect(picture, levels, least):
         points, flag = landmarks(picture, box)
         size = np.linalg.norm(points[FOREHEAD] - points[CHIN])
         same = [points[list(numbers)].mean(axis=0) for numbers in (RIGHT_EYE, LEFT_EYE, [NOSE_TIP], MOUTH_MIDDLE)]
         apart = np.linalg.norm(box[2:6] - same, axis=1).mean() / size
         known = any(np.linalg.norm(points[NOSE_TIP] - face.points[NOSE_TIP]) < face.size / 2 for face in faces)
-        if flag > .99 and (score > SURE or apart < .15) and not known:
+        if flag > .995 and (score > SURE or flag > .999 and apart < .1) and not known:
             faces.append(Face(score, flag, points, size))
     return sorted(faces, key=lambda face: -face.size)
 
@@ -366,14 +371,14 @@ def find_faces(picture):
     best, highest = [], 0
     for turns in range(4):                                                          # counterclockwise
         turned = np.ascontiguousarray(np.rot90(picture, turns))
-        faces = sure(turned, LEVELS if turns == 0 else LEVELS[:2])
+        faces = sure(turned) if turns == 0 else sure(turned, LEVELS[:2], SURE)
         score = max((face.score for face in faces), default=0)
         if score > highest:
             centres = [np.array(side.shape[1::-1]) / 2 for side in (turned, picture)]
             back = rotation(turns * np.pi / 2).T
             best = [face._replace(points=(face.points - centres[0]) @ back + centres[1]) for face in faces]
             highest = score
-        if highest > SURE:
+        if highest > UPRIGHT:
             break
     return best
 
