@@ -26,7 +26,7 @@ from scipy import ndimage, special
 BUNDLE = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'faces.npz')
 SHA256 = '57411dbf54c43cc2ab1a45dd0b3ceb5c1f297c71e296775b1458881fbd07d7dc'
 
-# Numbers of points: rings, each in order around what it encloses; then the two ends that tell how a face is turned.
+# Numbers of points: rings, each in order around what it encloses; then single ones.
 OVAL = (10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377,
         152, 148, 176, 149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109)
 LEFT_EYE = 263, 249, 390, 373, 374, 380, 381, 382, 362, 398, 384, 385, 386, 387, 388, 466
@@ -324,8 +324,8 @@ def mesh(picture, centre, size, angle):
 def landmarks(picture, box, rounds=3):
     """The points (478, 2) of a face that `detect` found, and the flag, 0 .. 1, that it is one.
 
-    Each round looks at a square that is laid around the face by what the one before found. Where the first sees none
-    at all, there are no others, which is most of the time saved in a picture without faces.
+    Each round looks at a square that is laid around the face by what the one before found. Where a round sees no face
+    at all, it is the last one, which saves time.
     """
     corners, (right, left) = box[0] + np.outer((-.5, .5), box[1]), box[2:4]
     for _ in range(rounds):
