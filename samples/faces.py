@@ -197,8 +197,8 @@ def networks():
 SIDE = 128                                                                          # of the detector's window
 MARGIN = 16                                                                         # around the picture: faces are cut
 STEP = 64                                                                           # from window to window
-SURE = .7                                                                           # score of a face beyond doubt
-UPRIGHT = .85                                                                       # hanging ones had up to .78
+LOOKS = 1.5, 2, 3                                                                   # sides of windows, in face heights
+SURE, APART = .62, .075                                 # faces have .67 and .07, others .58 or .08 (cups, lamps, cells)
 LEVELS = 96, 192, 384                                                               # long sides of the picture
 
 
@@ -271,15 +271,23 @@ def detect(picture, levels=LEVELS, least=.5):
     """
     found = []
     for batch, corners, size in pyramid(picture, levels):
-        result = networks()['detector'](batch / np.float32(127.5) - 1)
-        scores = special.expit(np.clip(result['scores'][..., 0], -100, 100))        # (n, 896)
+        scores, boxes = detections(batch)
         for window, anchor in np.argwhere(scores >= least):
-            box = result['boxes'][window, anchor].reshape(8, 2).astype(np.float64) / SIDE
-            box[[0, 2, 3, 4, 5, 6, 7]] += anchors()[anchor]
-            box *= size
-            box[[0, 2, 3, 4, 5, 6, 7]] += corners[window]
+            box = boxes[window, anchor] * size
+            box[PLACES] += corners[window]
             found.append((float(scores[window, anchor]), box))
     return merged(sorted(found, key=lambda face: -face[0]))
+
+
+PLACES = [0, 2, 3, 4, 5, 6, 7]                                                      # rows of a box; row 1 is its size
+
+
+def detections(batch):
+    """The scores (n, 896), 0 .. 1, and boxes (n, 896, 8, 2), 0 .. 1, in windows (n, 128, 128, 3), 0 .. 255."""
+    result = networks()['detector'](batch / np.float32(127.5) - 1)
+    boxes = result['boxes'].reshape(len(batch), -1, 8, 2).astype(np.float64) / SIDE
+    boxes[:, :, PLACES] += anchors()[:, None]
+    return special.expit(np.clip(result['scores'][..., 0], -100, 100)), boxes
 
 
 def overlap(a, b):
@@ -339,26 +347,33 @@ def landmarks(picture, box, rounds=3):
     return corners, flag
 
 
-def sure(picture, levels=LEVELS, least=.5):
-    """The faces in a picture, more or less upright, that both networks see; largest first.
+def is_face(picture, points):
+    """Whether the detector sees a face with the same eyes, nose and mouth when it is laid upright, in three windows."""
+    height = np.linalg.norm(points[CHIN] - points[FOREHEAD])
+    angle = np.arctan2(*(points[CHIN] - points[FOREHEAD])[::-1]) - np.pi / 2
+    centre = (points.min(axis=0) + points.max(axis=0)) / 2
+    scores, boxes = detections(np.stack([crop(picture, centre, look * height, angle, SIDE) for look in LOOKS]))
+    best = boxes[range(len(LOOKS)), scores.argmax(axis=1), 2:6]                     # (3, 4, 2), in the windows
+    seen = (best - .5) * np.reshape(LOOKS, (3, 1, 1)) * height @ rotation(angle).T + centre
+    known = [points[list(numbers)].mean(axis=0) for numbers in (RIGHT_EYE, LEFT_EYE, [NOSE_TIP], MOUTH_MIDDLE)]
+    apart = np.linalg.norm(seen - known, axis=2).mean() / height
+    return scores.max(axis=1).min() > SURE and apart < APART
 
-    Where the detector is in doubt, the mesh must be certain, and both must have the same eyes, nose and mouth.
-    `levels` and `least` are those of `detect`.
-    """
-    faces = []
-    for score, box in detect(picture, levels, least):
+
+def sure(picture, levels=LEVELS):
+    """The faces in a picture, more or less upright, that both networks see, and that `is_face`; largest first."""
+    found = []
+    for score, box in detect(picture, levels):
         points, flag = landmarks(picture, box)
         size = np.linalg.norm(points[FOREHEAD] - points[CHIN])
-        same = [points[list(numbers)].mean(axis=0) for numbers in (RIGHT_EYE, LEFT_EYE, [NOSE_TIP], MOUTH_MIDDLE)]
-        apart = np.linalg.norm(box[2:6] - same, axis=1).mean() / size
-        known = any(np.linalg.norm(points[NOSE_TIP] - face.points[NOSE_TIP]) < face.size / 2 for face in faces)
-        if flag > .995 and (score > SURE or flag > .999 and apart < .1) and not known:
-            faces.append(Face(score, flag, points, size))
-    return sorted(faces, key=lambda face: -face.size)
+        known = any(np.linalg.norm(points[NOSE_TIP] - face.points[NOSE_TIP]) < face.size / 2 for face in found)
+        if flag > .99 and not known and is_face(picture, points):
+            found.append(Face(score, flag, points, size))
+    return sorted(found, key=lambda face: -face.size)
 
 
 def find_faces(picture):
-    """The sure faces in a picture, largest first; where none that is upright has a high score, those of the best turn.
+    """The sure faces in a picture, largest first; where none is upright, those of the first turn that shows any.
 
     Parameters
     ----------
@@ -368,19 +383,14 @@ def find_faces(picture):
     -------
     list of Face
     """
-    best, highest = [], 0
     for turns in range(4):                                                          # counterclockwise
         turned = np.ascontiguousarray(np.rot90(picture, turns))
-        faces = sure(turned) if turns == 0 else sure(turned, LEVELS[:2], SURE)
-        score = max((face.score for face in faces), default=0)
-        if score > highest:
+        found = sure(turned, LEVELS if turns == 0 else LEVELS[:2])
+        if found:
             centres = [np.array(side.shape[1::-1]) / 2 for side in (turned, picture)]
             back = rotation(turns * np.pi / 2).T
-            best = [face._replace(points=(face.points - centres[0]) @ back + centres[1]) for face in faces]
-            highest = score
-        if highest > UPRIGHT:
-            break
-    return best
+            return [face._replace(points=(face.points - centres[0]) @ back + centres[1]) for face in found]
+    return []
 
 
 def person(picture):
