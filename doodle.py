@@ -183,6 +183,11 @@ def parse_range(text):
     return low, high
 
 
+def parse_parts(text):
+    """``auto`` or ``faces``, or a number of parts, 2 .. 16; 0: none."""
+    return text if text in ('auto', 'faces') else one_of(0, 'auto', 'faces', *range(2, 17))(text)
+
+
 def parse_device(text):
     """``cpu``, ``gpuN``, or Theano's own ``cudaN`` and ``openclN:M``; ``gpuN`` means Theano's ``cudaN``."""
     if not re.fullmatch('cpu|(gpu|cuda)[0-9]*|opencl[0-9]+:[0-9]+', text):
@@ -205,12 +210,12 @@ METHODS = {
 }
 
 parse_method, parse_network, parse_switch = one_of(*METHODS), one_of('vgg19', 'vgg16'), one_of(0, 1)
-parse_parts, parse_steps = one_of(0, *range(2, 17)), one_of(*range(13))     # 12 steps: 90 degrees, or a factor of 0.4
+parse_steps = one_of(*range(13))                                        # 12 steps: 90 degrees, or a factor of 0.4
 parse_weight, parse_bias = up_to('1e20'), up_to('1e6')                # keep losses finite, features above rounding
 
 # Placeholders of values in --help.
-VALUES = {parse_path: 'PATH', str: 'EXT', parse_size: 'WxH', parse_natural: 'N', parse_whole: 'N', parse_parts: 'N',
-          parse_seed: 'SEED', parse_range: 'LO:HI', parse_method: 'NAME', parse_weight: 'X', parse_layers: 'LAYERS',
+VALUES = {parse_path: 'PATH', str: 'EXT', parse_size: 'WxH', parse_natural: 'N', parse_whole: 'N', parse_seed: 'SEED',
+          parse_parts: 'N|faces', parse_range: 'LO:HI', parse_method: 'NAME', parse_weight: 'X', parse_layers: 'LAYERS',
           parse_bias: 'X', parse_steps: 'N', parse_switch: '0|1', parse_device: 'DEVICE', parse_network: 'NAME'}
 
 SAME, FREE = 'same', 'free'                                           # on --resume: must be as before, or may differ
@@ -223,7 +228,7 @@ OPTIONS = {'pictures': (
     ('--output-size',     SAME, parse_size,    None,          'width and height for texture synthesis'),
     ('--max-size',        SAME, parse_natural, None,          'shrink pictures with a longer side, maps with them'),
     ('--semantic-ext',    FREE, str,           '_sem.png',    'the map of dir/name.jpg is dir/name + this'),
-    ('--auto-maps',       FREE, parse_parts,   '0',           'paint the maps that are missing, with N parts'),
+    ('--auto-maps',       FREE, parse_parts,   '0',           'paint the maps that are missing: faces, or N parts'),
     ('--seed',            SAME, parse_seed,    'noise',       'start from noise, content, or the picture at a path'),
     ('--seed-range',      SAME, parse_range,   '16:240',      'range of the colours of noise'),
     ('--random-seed',     FREE, parse_whole,   None,          'repeats a run; drawn and printed when not given'),
@@ -308,6 +313,7 @@ def parse_options(arguments):
             how = dict(type=kind, default=default, metavar=VALUES.get(kind))
             how = {bool: dict(action='store_true'), 'version': dict(action='version', version=f'%(prog)s {__version__}')
                    }.get(kind, how)
+            how |= dict(nargs='?', const='auto') if kind is parse_parts else {}
             how |= dict(action=Once) if flag in ('--style', '--content') else {}
             group.add_argument(flag, **how, help=meaning + others + (f' (default: {default})' if default else ''))
     _, own = METHODS[parser.parse_args(arguments).method]
@@ -411,7 +417,7 @@ def map_pair(inputs, options):
     if len(found) == 1:
         missing = paths['style' if found == ['content'] else 'content']
         raise UserError(f'{paths[found[0]]!r} is a map, but {missing!r} is not there.', 'paint that map too, ' +
-                        'say --auto-maps=6, ' * bool(options.content) + 'or leave maps unread with --semantic-weight=0')
+                        'say --auto-maps, ' * bool(options.content) + 'or leave maps unread with --semantic-weight=0')
     if options.content and len(set(paths.values())) == 1 and not same_file(options.content, options.style):
         raise UserError(f'{options.content!r} and {options.style!r} would share the map {paths["style"]!r}.',
                         'rename one of the pictures, and give each a map of its own')
@@ -3083,9 +3089,23 @@ def map_path(path, extension):
     return os.path.splitext(path)[0] + extension
 
 
+def preview_path(path):
+    """``dir/name_sem.png`` -> ``dir/name_sem_preview.jpg``."""
+    return os.path.splitext(path)[0] + '_preview.jpg'
+
+
 def map_paths(options):
-    """Paths of the two maps: of the content, or of the output (a doodle) if there is none, and of the style."""
-    return [find_map(path, options.semantic_ext) for path in (options.content or options.output, options.style)]
+    """Paths of the two maps: of the content, or of the output (a doodle) if there is none, and of the style.
+
+    An automatic map of a picture whose folder cannot be written lies beside the output.
+    """
+    paths = [find_map(path, options.semantic_ext) for path in (options.content or options.output, options.style)]
+    if options.auto_maps:
+        places = place_output(options)
+        own = os.path.dirname(places.copy or places.output)
+        paths = [path if is_there(path) or can_be_written(os.path.dirname(path) or '.') else
+                 os.path.join(own, os.path.basename(path)) for path in paths]
+    return paths
 
 
 MAP_ENDINGS = '.png', '.tif', '.tiff', '.webp', '.bmp', '.gif', '.tga', '.ppm', '.jpg', '.jpeg'  # by preference
@@ -3182,18 +3202,37 @@ def classify_maps(paths, pictures, longest=None):
     return Classified(classes, maps, labels, [bold(f'WARNING: {text}.') for text in filter(None, warned)])
 
 
-@functools.cache
 def import_automaps():
-    """``samples/automaps.py`` beside the script, as a module that imports this one."""
-    path = beside('samples/automaps.py')
+    """The module of automatic maps."""
+    return import_beside('samples/automaps.py')
+
+
+@functools.cache
+def import_beside(name):
+    """A script of ``samples/`` beside this one, as a module; it may import this one, too."""
+    path = beside(name)
     if not os.path.isfile(path):
         raise UserError(f'--auto-maps needs {path!r}, which is not there.',
                         'copy it there from where the script is from, or leave --auto-maps out')
     sys.modules['doodle'] = sys.modules[__name__]                       # not a second copy beside __main__
-    spec = importlib.util.spec_from_file_location('automaps', path)
+    spec = importlib.util.spec_from_file_location(os.path.basename(name)[:-3], path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+# The parts of a portrait, in the colours of the samples' maps and of automatic ones; a collar is in the samples' only.
+PARTS = {'background': (0, 0, 255), 'skin': (255, 147, 0), 'eyes': (255, 255, 255), 'brows': (147, 0, 255),
+         'nose': (147, 255, 0), 'mouth': (255, 0, 0), 'hair': (255, 0, 147), 'ears': (255, 110, 110),
+         'neck': (0, 255, 0), 'clothes': (0, 147, 255), 'collar': (0, 255, 147)}
+
+
+def part_names(classes):
+    """The names of `classes` (K, 3), empty ones unless all are colours of `PARTS`, and some a person's alone."""
+    names = {colour: name for name, colour in PARTS.items()}
+    found = [names.get(tuple(colour), '') for colour in classes.astype(int).tolist()]
+    person = all(found) and 'skin' in found and {'brows', 'neck', 'clothes'}.intersection(found)
+    return found if person else [''] * len(found)
 
 
 def legend(classes, maps, labels):
@@ -3207,8 +3246,10 @@ def legend(classes, maps, labels):
     """
     names, codes = list(maps), colour_codes(classes.astype(np.int32))
     shares = np.array([np.bincount(labels[name].ravel(), minlength=len(classes)) / labels[name].size for name in names])
-    lines = [f'{swatch(colour)}#{code:06x}  ' + '  '.join(f'{name} {share:6.1%}' for name, share in zip(names, covered))
-             for colour, code, covered in zip(classes.astype(int), codes, shares.T)]
+    lines = []
+    for colour, code, covered, part in zip(classes.astype(int), codes, shares.T, part_names(classes)):
+        covered = [f'{name} {share:6.1%}' for name, share in zip(names, covered)]
+        lines.append('  '.join([f'{swatch(colour)}#{code:06x}', *covered, part]).rstrip())
 
     most, owner = [], np.zeros(1 << 24, np.int16)                       # of each map: the commonest colour of a class
     for name in names:
@@ -3244,7 +3285,7 @@ def paint_maps(inputs, options):
     automaps = import_automaps()
     known = automaps.read_known(options)
     network, device = find_weights(options), open_device(options, inputs)
-    automaps.paint_maps(options, *known, network[0], device == 'cpu')
+    automaps.paint_maps(options, *known, lambda: (network[0], device == 'cpu'))
     return network, device
 
 
@@ -3330,9 +3371,9 @@ def check_files(options, places):
     """Refuse outputs that cannot be written or overwrite inputs; returns warnings of those lost with the container."""
     maps = map_paths(options)
     read = [options.content, options.style, options.weights, *maps, __file__, cached_vgg19(), ORIGINAL,
-            *map(beside, ('vgg16.npz', ORIGINAL, 'samples/automaps.py'))]
+            *map(beside, ('vgg16.npz', ORIGINAL, 'samples/automaps.py', 'samples/faces.py', 'samples/faces.npz'))]
     read += [] if options.seed in ('noise', 'content') else [options.seed]
-    read += map(import_automaps().preview_path, maps) if options.auto_maps else []
+    read += map(preview_path, maps) if options.auto_maps else []
     check_written(options, places, read)
     lost = [(flag, path) for flag, path in (('--frames', options.frames if options.save_every else None),
                                             ('--log', options.log))
@@ -3429,6 +3470,15 @@ def check_folder(folder, flag, fix):
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise UserError(f'{flag}: the folder {folder!r} cannot be written: {error.strerror}.', fix) from None
+
+
+def can_be_written(folder):
+    """Whether a file can be made in a folder."""
+    try:
+        check_folder(folder, '', '')
+    except UserError:
+        return False
+    return True
 
 
 def image_format(path):

@@ -38,7 +38,10 @@ def faces(doodle):
 
 @pytest.fixture(scope='module')
 def found(automaps, faces):
-    return automaps.automatic_maps(faces[0], [None, None], 6, faces[2], True)
+    return automaps.clustered_maps(faces[0], [None, None], 6, faces[2], True)
+
+
+# ---- parts by clustering ---------------------------------------------------------------------------------------------
 
 
 def test_faces_agree_far_better_than_by_colours(doodle, tool, faces, found):
@@ -53,7 +56,7 @@ def test_faces_agree_far_better_than_by_colours(doodle, tool, faces, found):
 
 @pytest.mark.slow
 def test_maps_are_repeated_and_every_part_is_in_both(doodle, automaps, faces, found):
-    again = automaps.automatic_maps(faces[0], [None, None], 6, faces[2], True)
+    again = automaps.clustered_maps(faces[0], [None, None], 6, faces[2], True)
     assert all((a == b).all() for a, b in zip(found, again))
     parts = [np.unique(doodle.colour_codes(colours)) for colours in found]
     assert len(parts[0]) == 6 and (parts[0] == parts[1]).all()
@@ -64,7 +67,7 @@ def test_maps_are_repeated_and_every_part_is_in_both(doodle, automaps, faces, fo
 def test_one_painted_map_is_completed(doodle, automaps, tool, faces, k):
     """In its own colours; 0.71 and 0.48 of the area are as painted, and 0.37 by calling all background."""
     pictures, painted, weights = faces
-    maps = automaps.automatic_maps(pictures, [painted[i] if i == k else None for i in (0, 1)], 0, weights, True)
+    maps = automaps.clustered_maps(pictures, [painted[i] if i == k else None for i in (0, 1)], 0, weights, True)
     codes = [doodle.colour_codes(maps[1 - k]), doodle.colour_codes(painted[1 - k])]
     assert set(np.unique(codes[0])) <= set(np.unique(codes[1]))
     assert (codes[0] == codes[1]).mean() > (0.42, 0.65)[k]
@@ -91,8 +94,10 @@ def test_small_parts_that_share_a_superpixel_do_not_wreck_a_map(automaps):
     red, blue, green = (255, 0, 0), (0, 0, 255), (0, 255, 0)
     painted = np.kron(np.uint8([[red, red], [blue, green], [red, red], [red, red]]), np.ones((4, 8, 1), np.uint8))
     cut = np.arange(4).repeat(4)[:, None].repeat(16, axis=1)            # a superpixel is four rows
-    parts, colours = automaps.painted_parts([cut, cut + 4], np.float64([0, 1, 0, 0] * 2)[:, None], painted, 0)
-    names = [tuple(colour) for colour in colours[parts]]
+    colours, classes = np.unique(painted.reshape(-1, 3), axis=0, return_inverse=True)
+    X = np.float64([0, 1, 0, 0] * 2)[:, None]                           # (n, 1)
+    distances = automaps.class_distances([cut, cut + 4], X, classes.reshape(16, 16), 0)
+    names = [tuple(colour) for colour in colours[distances.argmin(axis=1)]]
     assert names[4] == names[6] == names[7] == red and names[5] in (blue, green)
 
 
@@ -158,18 +163,44 @@ def test_mistakes_are_refused_before_any_work(refused, tmp_path, arguments, prob
     assert problem in refused(*arguments)[0]
 
 
-def test_a_folder_that_cannot_be_written_is_refused(doodle, refused, tmp_path, monkeypatch):
+@pytest.fixture
+def locked(doodle, tmp_path, monkeypatch):
+    """Pictures in a folder ``theirs`` that cannot be written."""
     (tmp_path / 'theirs').mkdir()
     copied(tmp_path / 'theirs', *FACES)
     real = doodle.tempfile.TemporaryFile
 
     def temporary(dir=None, **rest):                                   # root may write anywhere: mode bits show nothing
-        if dir == 'theirs':
+        if dir in ('theirs', 'locked'):
             raise PermissionError(13, 'Permission denied')
         return real(dir=dir, **rest)
     monkeypatch.setattr(doodle.tempfile, 'TemporaryFile', temporary)
-    problem, fix = refused('--style=theirs/astronaut.png', '--content=theirs/hopper.png', '--auto-maps=4')
-    assert "'theirs' cannot be written: Permission denied" in problem and 'copy the picture' in fix
+    monkeypatch.chdir(tmp_path)
+    return '--style=theirs/astronaut.png', '--content=theirs/hopper.png', '--auto-maps'
+
+
+def test_maps_go_beside_the_output_where_the_pictures_cannot_be_written(doodle, automaps, locked, tmp_path, capsys,
+                                                                        monkeypatch):
+    (tmp_path / 'mine').mkdir()
+    options = doodle.parse_options([*locked, '--output=mine/out.png'])
+    paths = [f'mine/{name[:-4]}_sem.png' for name in FACES[::-1]]
+    assert doodle.map_paths(options) == paths == automaps.missing_maps(options)
+    blank = np.zeros((480, 384, 3), np.uint8)
+    done = automaps.AutomaticMaps([blank] * 2, {0: 'x'}, [])
+    monkeypatch.setattr(automaps, 'automatic_maps', lambda *arguments: done)
+    automaps.paint_maps(options, [blank] * 2, [None] * 2, None)
+    said = capsys.readouterr().out
+    assert all(f'The folder of `theirs/{name}` cannot be written: its map goes beside the output' in said
+               for name in FACES) and all(os.path.exists(path) for path in paths)
+    assert automaps.missing_maps(options) == []                         # and are found there
+    copied(tmp_path / 'theirs', 'hopper_sem.png')                       # unless one lies beside the picture
+    assert doodle.map_paths(options) == ['theirs/hopper_sem.png', paths[1]]
+
+
+def test_an_output_that_cannot_be_written_either_is_refused(doodle, locked, refused, tmp_path):
+    (tmp_path / 'locked').mkdir()
+    problem, fix = refused(*locked, '--output=locked/out.png')
+    assert "'locked' cannot be written: Permission denied" in problem and '--output' in fix
 
 
 # ---- the file beside the script, and its command ---------------------------------------------------------------------
@@ -206,11 +237,12 @@ def test_a_link_to_the_script_finds_what_lies_beside_it(doodle, tmp_path, monkey
 def test_there_is_one_program_however_it_is_started(doodle, automaps, tmp_path):
     assert automaps.doodle is doodle
     code = ('import sys\n'
-            f'sys.argv = [{str(ROOT / "doodle.py")!r}, "--style=none.png", "--content=no.png", "--auto-maps=4"]\n'
+            f'sys.argv = [{str(ROOT / "doodle.py")!r}, *{CHECK}]\n'
             'sys.exit = lambda code: print(sys.modules["doodle"] is sys.modules["__main__"], code)\n'
             '__file__ = sys.argv[0]\n'
             'exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"))\n')
-    assert python(tmp_path, '-c', code).stdout.splitlines()[-1] == 'True 2'
+    copied(tmp_path, *FACES)
+    assert python(tmp_path, '-c', code).stdout.splitlines()[-1] == 'True 0'
 
 
 def test_maps_are_painted_before_they_are_read_and_each_is_read_once(doodle, automaps, tmp_path, monkeypatch):
@@ -219,8 +251,9 @@ def test_maps_are_painted_before_they_are_read_and_each_is_read_once(doodle, aut
     read, real = Counter(), doodle.decoded
     monkeypatch.setattr(doodle, 'decoded', lambda path: (read.update([path]), real(path))[1])
     monkeypatch.setattr(doodle, 'open_device', lambda options, inputs: 'cpu')
-    monkeypatch.setattr(automaps, 'automatic_maps', lambda pictures, maps, count, weights, fast: [
-        np.uint8([[[255, 0, 0], [0, 0, 255]]]).repeat(480, axis=0).repeat(192, axis=1)] * 2)
+    halves = np.uint8([[[255, 0, 0], [0, 0, 255]]]).repeat(480, axis=0).repeat(192, axis=1)     # (480, 384, 3)
+    monkeypatch.setattr(automaps, 'automatic_maps', lambda *arguments: automaps.AutomaticMaps(
+        [halves] * 2, {0xff0000: 'left', 0xff: 'right'}, []))
 
     def stopped(*arguments):
         raise doodle.UserError('Stopped.', 'go on')

@@ -24,7 +24,8 @@ def test_option_tables_are_those_of_help():  # fault 13
     in_help = {}
     for flag, value, meaning, default in re.findall(
             r'^  (--\S+)(?: (\S+))?\s{2,}(.+?)(?: \(default: (.+)\))?$', text, re.MULTILINE):
-        in_help[f'{flag}={value}'.rstrip('=')] = (f'`{default}`' if default else 'none', meaning)
+        name = f'{flag}[={value[1:-1]}]' if value.startswith('[') else f'{flag}={value}'.rstrip('=')
+        in_help[name] = (f'`{default}`' if default else 'none', meaning)
     in_readme = {option.replace('\\|', '|'): (default, meaning) for option, default, meaning in
                  re.findall(r'^\| `(--\S+)` \| (\S+) \| (.+) \|$', README, re.MULTILINE)}
     assert len(in_help) > 20 and in_readme == in_help
