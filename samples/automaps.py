@@ -400,7 +400,7 @@ def portrait_parts(picture, points):
     labels = tidied(smoothed(labels_of(picture, a, b, head), .02 * head.height), .006 * head.height ** 2)
     for rule in (loose_hair, other_people, neck_and_hands, ears, features):
         labels = rule(labels, head, picture)
-    labels = tidied(labels, SPECK * labels.size, [BACKGROUND, SKIN, HAIR, NECK, CLOTHES])
+    labels = np.uint8(tidied(labels, SPECK * labels.size))
     return doodle.resized(labels[..., None], shape[::-1], Image.NEAREST)[..., 0]
 
 
