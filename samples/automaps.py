@@ -114,6 +114,11 @@ def automatic_maps(paths, pictures, maps, parts, network):
 
 def portraits(paths, pictures, parts):
     """The parts of two portraits, (H, W) numbers of `NAMES` each, or None where there is none; and lines on this."""
+    try:
+        faces.networks()
+    except (OSError, ValueError) as error:
+        raise doodle.UserError(f'The networks for faces cannot be read: {doodle.one_line(error)}.',
+                               'copy samples/faces.npz from where the script is from, or say --auto-maps=6') from None
     found = [faces.find_faces(picture) for picture in pictures]
     missing = [f'`{path}`' for path, those in zip(paths, found) if not those]
     if missing and parts == 'faces':
@@ -812,7 +817,7 @@ def name_box(box, place, size, small, taken):
     (left, top, right, bottom)
     """
     left, top, right, bottom = box
-    for radius in range(0, max(size), bottom - top):
+    for radius in range(0, max(size), max(bottom - top, 1)):
         for angle in np.arange(0, 2 * np.pi, np.pi / 8) if radius else (0,):
             x = np.clip(place[0] + radius * np.cos(angle), -left + 4, size[0] - right - 4)
             y = np.clip(place[1] + radius * np.sin(angle), -top + 4, size[1] - bottom - 4)
