@@ -14,6 +14,8 @@
 #   "six==1.17.0",
 #   "setuptools==65.5.0",
 # ]
+# [tool.uv]
+# find-links = ["samples"]
 # ///
 """Neural Doodle: paint one picture with the patches of another, eyes from eyes and skin from skin.
 

@@ -1,4 +1,5 @@
 """What is said twice is the same: README, --help, requirements.txt and the script's own metadata."""
+import hashlib
 import re
 import subprocess
 import sys
@@ -29,9 +30,17 @@ def test_option_tables_are_those_of_help():  # fault 13
 
 
 def test_requirements_are_the_pins_of_the_script():
-    required = re.findall(r'^([^#\s].*)$', (ROOT / 'requirements.txt').read_text(), re.MULTILINE)
+    required = re.findall(r'^([^#\s-].*)$', (ROOT / 'requirements.txt').read_text(), re.MULTILINE)
     block = re.search(r'^# /// script\n(.*?)^# ///$', (ROOT / 'doodle.py').read_text(), re.MULTILINE | re.DOTALL)
     assert required == re.findall(r'"([^"]+==[^"]+)",', block.group(1)) and all('==' in pin for pin in required)
+
+
+def test_the_wheel_of_theano_is_found_and_is_the_one_that_its_script_makes():
+    assert '\n--find-links=samples\nTheano==1.0.5\n' in (ROOT / 'requirements.txt').read_text()
+    assert '\n# [tool.uv]\n# find-links = ["samples"]\n' in (ROOT / 'doodle.py').read_text()
+    checksum = re.search("SHA256 = '(.+)'", (ROOT / 'samples/build_theano.py').read_text())[1]
+    wheel = ROOT / 'samples/theano-1.0.5-py3-none-any.whl'
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest() == checksum
 
 
 def test_first_command_runs_the_sample_and_the_second_the_tests():
