@@ -272,12 +272,16 @@ def test_a_terminal_gets_bold_a_pipe_and_no_color_get_plain_text(run, tmp_path):
 
 def test_another_python_is_refused_in_a_sentence():
     assert ast.parse((ROOT / 'doodle.py').read_text(), feature_version=(3, 8))    # older ones understand it so far
-    for version in ((3, 8, 20), (3, 12, 1)):
-        problem, fix, code = python('import sys, doodle\n'
+    for version in ((3, 8, 20), (3, 10, 13), (3, 15, 0)):
+        problem, fix, code = python('import sys\n'
                                     'sys.stderr = sys.stdout\n'
                                     f'sys.version_info = {version}\n'
-                                    'print(doodle.main(sys.argv[1:]))', '--style=a.png').splitlines()
-        assert f'Python 3.{version[1]}' in problem and '3.11' in fix and code == '2'
+                                    'try:\n'
+                                    '    import doodle\n'
+                                    'except SystemExit as end:\n'
+                                    '    print(end.code)\n').splitlines()
+        assert f'ERROR: This is Python 3.{version[1]},' in problem and '3.11 to 3.14' in problem and code == '2'
+        assert all(way in fix for way in ('FIX: install python3.11', 'docker', 'uv run'))
 
 
 def test_no_compiler_is_a_sentence(run, tmp_path):

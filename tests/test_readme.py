@@ -46,8 +46,9 @@ def test_the_wheel_of_theano_is_found_and_is_the_one_that_its_script_makes():
 def test_first_command_runs_the_sample_and_the_second_the_tests():
     first, second = command('Run'), command('Test')
     for line in (first, second):
-        assert 'g++ python3-dev python3-venv' in line and 'venv .venv' in line and '-r requirements.txt' in line
-    arguments = first.split('doodle.py ')[1].split()
+        assert 'g++ python3-dev python3-venv' in line and '-r requirements.txt' in line
+        assert ' && python3 doodle.py --version && python3 -m venv .venv && .venv/bin/pip ' in line    # before pip
+    arguments = first.split('doodle.py ')[-1].split()
     for path in arguments[1:4:2]:
         assert (ROOT / path).is_file(), path
     assert second.endswith('.venv/bin/python -m pytest tests')
