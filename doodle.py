@@ -893,7 +893,7 @@ class PatchTerm:
         if self.scale:
             count = np.count_nonzero(self.scale.get_value(borrow=True))
         size = sum(array.get_value(borrow=True).nbytes for array in arrays.values())
-        return f'{(count, v.shape[2], 3, 3)} patches in {size // 1000:,}kb'
+        return f'({count}, {v.shape[2]}, 3, 3) patches in {size // 1000:,}kb'
 
 
 class WholePatchTerm(PatchTerm):

@@ -13,6 +13,7 @@ import time
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 
 import doodle as program
@@ -384,7 +385,26 @@ def test_theano_flags_of_the_user_win_key_by_key():
     assert ours['floatX'] == 'float32' and ours['blas.ldflags'] and ours['dnn.enabled'] == 'False'
     theirs = {'optimizer': 'fast_compile', 'dnn.enabled': 'auto', 'blas.ldflags': '-lmyblas'}
     both = theano_flags(THEANO_FLAGS=', '.join(f'{key}={value}' for key, value in theirs.items()))
+    assert 'scipy' not in both.pop('gcc.cxxflags', '')
     assert both == {**{key: value for key, value in ours.items() if key != 'gcc.cxxflags'}, **theirs}
+
+
+def test_names_that_the_headers_of_numpy_2_lack_are_told_the_compiler(doodle):
+    flags = theano_flags(THEANO_FLAGS='blas.ldflags=-lmyblas').get('gcc.cxxflags', '').split()
+    old = np.__version__.startswith('1.')
+    assert flags == ([] if old else [f'-D{name}={stands}' for name, stands in doodle.C_NAMES.items()])
+
+
+def test_names_that_numpy_lacks_are_put_back_and_no_others(doodle, monkeypatch):
+    lacking = SimpleNamespace(prod=np.prod, dtype=np.dtype, get_include=np.get_include, product='its own')
+    monkeypatch.setattr(doodle, 'np', lacking)
+    monkeypatch.setattr(doodle.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setitem(sys.modules, 'numpy.distutils', None)
+    doodle.put_back()
+    assert (lacking.bool, lacking.complex, lacking.product) == (bool, complex, 'its own')
+    assert lacking.sctype2char('float32') == 'f'
+    assert sys.modules['numpy.distutils'].misc_util.get_numpy_include_dirs() == [np.get_include()]
+    assert np.bool is (bool if np.__version__.startswith('1.') else np.bool_)
 
 
 def test_compiler_flags_of_the_user_join_those_that_the_blas_needs():
