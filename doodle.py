@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 # /// script
-# requires-python = "==3.11.*"
+# requires-python = ">=3.11,<3.15"
 # dependencies = [
 #   "Theano==1.0.5",
 #   "Lasagne==0.1",
-#   "numpy==1.26.4",
+#   "numpy==1.26.4; python_version < '3.12'",
+#   "numpy==2.5.5; python_version >= '3.12'",
 #   "scipy==1.16.3",
 #   "Pillow==13.0.0",
 #   "scikit-image==0.26.0",
@@ -12,8 +13,10 @@
 #   "tqdm==4.70.1",
 #   "scipy-openblas32==0.3.34.0.0",
 #   "six==1.17.0",
-#   "setuptools==65.5.0",
+#   "setuptools==80.10.2",
 # ]
+# [tool.uv]
+# find-links = ["samples"]
 # ///
 """Neural Doodle: paint one picture with the patches of another, eyes from eyes and skin from skin.
 
@@ -39,6 +42,14 @@ Papers:
     [MV15]  Mahendran, Vedaldi: Understanding Deep Image Representations. arXiv 1412.0035
     [BLNZ95] Byrd, Lu, Nocedal, Zhu: A Limited Memory Algorithm for Bound Constrained Optimization
 """
+import sys
+
+if not (3, 11) <= sys.version_info[:2] <= (3, 14):                      # before what other ones do not have
+    print('ERROR: This is Python {}.{}, and the program needs one from 3.11 to 3.14.\n'
+          '  FIX: install python3.11, python3.11-dev and python3.11-venv and use python3.11, or run it in docker, or '
+          'with uv run.'.format(*sys.version_info), file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import atexit
 import bisect
@@ -74,7 +85,6 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import threading
@@ -889,7 +899,7 @@ class PatchTerm:
         if self.scale:
             count = np.count_nonzero(self.scale.get_value(borrow=True))
         size = sum(array.get_value(borrow=True).nbytes for array in arrays.values())
-        return f'{(count, v.shape[2], 3, 3)} patches in {size // 1000:,}kb'
+        return f'({count}, {v.shape[2]}, 3, 3) patches in {size // 1000:,}kb'
 
 
 class WholePatchTerm(PatchTerm):
@@ -2207,6 +2217,11 @@ FORCED = {'floatX': 'float32', 'mode': 'Mode', 'compute_test_value': 'off', 'com
           'on_opt_error': 'warn', 'init_gpu_device': ''}
 
 
+# What stands for names in Theano's C code that are gone from the headers of NumPy 2.0.
+C_NAMES = {'NPY_PY3K': '1', 'NPY_TARGET_VERSION': '0x12',               # the API of NumPy 2.0, which knows ->elsize
+           'PyInt_Check': 'PyLong_Check', 'PyInt_AsLong': 'PyLong_AsLong', 'PyInt_FromLong': 'PyLong_FromLong'}
+
+
 def read_theanorc():
     """What .theanorc, or the files in THEANORC, say in their section [global]; UserError if they cannot be read."""
     parser = configparser.RawConfigParser()
@@ -2241,8 +2256,10 @@ def set_theano_flags(device):
     flags = {'device': 'cpu', 'dnn.enabled': 'False', 'print_active_device': 'False'}
     if 'blas.ldflags' not in user:
         flags.update(blas_flags(compiler))
-    if 'gcc.cxxflags' in user:                                         # added to ours, which name the BLAS routines
-        user['gcc.cxxflags'] = f"{flags.get('gcc.cxxflags', '')} {user['gcc.cxxflags']}".strip()
+    names = [f'-D{name}={old}' for name, old in C_NAMES.items()] if np.__version__ >= '2' else []
+    names = [flags.get('gcc.cxxflags'), *names, user.pop('gcc.cxxflags', None)]             # BLAS, NumPy, the user's
+    if any(names):
+        flags['gcc.cxxflags'] = ' '.join(filter(None, names))
     if not {'compiledir', 'base_compiledir'} & (user.keys() | file.keys()):
         flags['base_compiledir'] = compile_cache()
     for key in {'compiledir', 'base_compiledir'} & (user | file | flags).keys():
@@ -2274,8 +2291,21 @@ def is_private(path):
     return {found.st_uid, os.lstat(path).st_uid} <= {0, os.getuid()} and not found.st_mode & 0o022
 
 
+def put_back():
+    """Put back what Theano 1.0.5 asks for and newer versions lack, each only where it is missing."""
+    for name, substitute in (
+            ('bool', bool), ('complex', complex),                       # gone from NumPy 1.24; 2.0 has its own bool
+            ('product', np.prod),                                       # gone from NumPy 2.0
+            ('sctype2char', lambda kind: np.dtype(kind).char)):         # gone from NumPy 2.0
+        if not hasattr(np, name):
+            setattr(np, name, substitute)
+    if not importlib.util.find_spec('numpy.distutils'):                 # gone from Python 3.12
+        np.distutils = sys.modules['numpy.distutils'] = types.ModuleType('numpy.distutils')
+        np.distutils.misc_util = types.SimpleNamespace(get_numpy_include_dirs=lambda: [np.get_include()])
+
+
 def import_theano(device):
-    """Import Theano 1.0.5 and Lasagne 0.1 on Python 3.11, which they predate, and open the device.
+    """Import Theano 1.0.5 and Lasagne 0.1, which are older than this Python, and open the device.
 
     Parameters
     ----------
@@ -2294,7 +2324,7 @@ def import_theano(device):
     logging.getLogger('theano').setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        np.bool, np.complex = bool, complex                           # gone from NumPy 1.24
+        put_back()
         sys.modules['theano.scan_module.scan_perform_ext'] = None     # does not compile here; scan loops in Python
         try:
             with compiling():
@@ -4483,9 +4513,6 @@ def guarded(program, arguments):
     handle_signals(interrupt)
     warnings.filterwarnings('ignore', module='(?!__main__$|doodle$)')   # libraries warn of themselves
     try:
-        if sys.version_info[:2] != (3, 11):
-            raise UserError(f'This is Python {sys.version_info[0]}.{sys.version_info[1]}, and the program needs 3.11.',
-                            'run it with python3.11, in docker, or with uv run')
         if sys.flags.optimize > 1:
             raise UserError('Theano does not work without docstrings, which -OO and PYTHONOPTIMIZE=2 take away.',
                             'run it without them')

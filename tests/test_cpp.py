@@ -78,9 +78,10 @@ def test_the_code_has_no_warnings_stays_within_its_memory_and_is_right(doodle, t
     built = subprocess.run(['g++', *FLAGS, f'-march={processor}', *(f'-isystem{folder}' for folder in folders), source,
                             '-o', library], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
+    # GCC 14 looks for uses after return by default, on a stack that is not aligned for vectors of 64 bytes.
     watched = {'LD_PRELOAD': f'{shared_object("libasan.so")}:{shared_object("libstdc++.so")}', 'PYTHONMALLOC': 'malloc',
-               'ASAN_OPTIONS': f'detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size={1 << 30}',
-               'OMP_NUM_THREADS': '2'}
+               'ASAN_OPTIONS': 'detect_leaks=0:detect_stack_use_after_return=0:'
+                               f'malloc_fill_byte=255:max_malloc_fill_size={1 << 30}', 'OMP_NUM_THREADS': '2'}
     done = subprocess.run([sys.executable, __file__, library], capture_output=True, text=True, env=os.environ | watched)
     assert (done.returncode, done.stdout) == (0, 'right\n'), done.stderr
 

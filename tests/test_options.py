@@ -13,6 +13,7 @@ import time
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 
 import doodle as program
@@ -272,12 +273,16 @@ def test_a_terminal_gets_bold_a_pipe_and_no_color_get_plain_text(run, tmp_path):
 
 def test_another_python_is_refused_in_a_sentence():
     assert ast.parse((ROOT / 'doodle.py').read_text(), feature_version=(3, 8))    # older ones understand it so far
-    for version in ((3, 8, 20), (3, 12, 1)):
-        problem, fix, code = python('import sys, doodle\n'
+    for version in ((3, 8, 20), (3, 10, 13), (3, 15, 0)):
+        problem, fix, code = python('import sys\n'
                                     'sys.stderr = sys.stdout\n'
                                     f'sys.version_info = {version}\n'
-                                    'print(doodle.main(sys.argv[1:]))', '--style=a.png').splitlines()
-        assert f'Python 3.{version[1]}' in problem and '3.11' in fix and code == '2'
+                                    'try:\n'
+                                    '    import doodle\n'
+                                    'except SystemExit as end:\n'
+                                    '    print(end.code)\n').splitlines()
+        assert f'ERROR: This is Python 3.{version[1]},' in problem and '3.11 to 3.14' in problem and code == '2'
+        assert all(way in fix for way in ('FIX: install python3.11', 'docker', 'uv run'))
 
 
 def test_no_compiler_is_a_sentence(run, tmp_path):
@@ -380,7 +385,26 @@ def test_theano_flags_of_the_user_win_key_by_key():
     assert ours['floatX'] == 'float32' and ours['blas.ldflags'] and ours['dnn.enabled'] == 'False'
     theirs = {'optimizer': 'fast_compile', 'dnn.enabled': 'auto', 'blas.ldflags': '-lmyblas'}
     both = theano_flags(THEANO_FLAGS=', '.join(f'{key}={value}' for key, value in theirs.items()))
+    assert 'scipy' not in both.pop('gcc.cxxflags', '')
     assert both == {**{key: value for key, value in ours.items() if key != 'gcc.cxxflags'}, **theirs}
+
+
+def test_names_that_the_headers_of_numpy_2_lack_are_told_the_compiler(doodle):
+    flags = theano_flags(THEANO_FLAGS='blas.ldflags=-lmyblas').get('gcc.cxxflags', '').split()
+    old = np.__version__.startswith('1.')
+    assert flags == ([] if old else [f'-D{name}={stands}' for name, stands in doodle.C_NAMES.items()])
+
+
+def test_names_that_numpy_lacks_are_put_back_and_no_others(doodle, monkeypatch):
+    lacking = SimpleNamespace(prod=np.prod, dtype=np.dtype, get_include=np.get_include, product='its own')
+    monkeypatch.setattr(doodle, 'np', lacking)
+    monkeypatch.setattr(doodle.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setitem(sys.modules, 'numpy.distutils', None)
+    doodle.put_back()
+    assert (lacking.bool, lacking.complex, lacking.product) == (bool, complex, 'its own')
+    assert lacking.sctype2char('float32') == 'f'
+    assert sys.modules['numpy.distutils'].misc_util.get_numpy_include_dirs() == [np.get_include()]
+    assert np.bool is (bool if np.__version__.startswith('1.') else np.bool_)
 
 
 def test_compiler_flags_of_the_user_join_those_that_the_blas_needs():

@@ -32,16 +32,25 @@ def test_option_tables_are_those_of_help():  # fault 13
 
 
 def test_requirements_are_the_pins_of_the_script():
-    required = re.findall(r'^([^#\s].*)$', (ROOT / 'requirements.txt').read_text(), re.MULTILINE)
+    required = re.findall(r'^([^#\s-].*)$', (ROOT / 'requirements.txt').read_text(), re.MULTILINE)
     block = re.search(r'^# /// script\n(.*?)^# ///$', (ROOT / 'doodle.py').read_text(), re.MULTILINE | re.DOTALL)
     assert required == re.findall(r'"([^"]+==[^"]+)",', block.group(1)) and all('==' in pin for pin in required)
+
+
+def test_the_wheel_of_theano_is_found_and_is_the_one_that_its_script_makes():
+    assert '\n--find-links=samples\nTheano==1.0.5\n' in (ROOT / 'requirements.txt').read_text()
+    assert '\n# [tool.uv]\n# find-links = ["samples"]\n' in (ROOT / 'doodle.py').read_text()
+    checksum = re.search("SHA256 = '(.+)'", (ROOT / 'samples/build_theano.py').read_text())[1]
+    wheel = ROOT / 'samples/theano-1.0.5-py3-none-any.whl'
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest() == checksum
 
 
 def test_first_command_runs_the_sample_and_the_second_the_tests():
     first, second = command('Run'), command('Test')
     for line in (first, second):
-        assert 'g++ python3-dev python3-venv' in line and 'venv .venv' in line and '-r requirements.txt' in line
-    arguments = first.split('doodle.py ')[1].split()
+        assert 'g++ python3-dev python3-venv' in line and '-r requirements.txt' in line
+        assert ' && python3 doodle.py --version && python3 -m venv .venv && .venv/bin/pip ' in line    # before pip
+    arguments = first.split('doodle.py ')[-1].split()
     for path in arguments[1:4:2]:
         assert (ROOT / path).is_file(), path
     assert second.endswith('.venv/bin/python -m pytest tests')
