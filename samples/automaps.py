@@ -281,9 +281,10 @@ def priors(head, person, bald):
                           np.exp(-(below / .7) ** 2 - (u / .5) ** 4))
     clothes = ~oval * (.9 * ramp(v, .95, 1.6) + low * (.25 + .1 * ramp(u, .45, .7)))
     body = np.stack([np.maximum(skin, .6 * crown), hair * (1 - .95 * crown), neck, clothes], axis=-1) + 1e-4
-    others = np.maximum(ramp(u, 1.8, 2.6), np.maximum(ramp(d, .7, 1.1) * (1 - low),
-                                                      ramp(u, .9, 1.25) * (1 - ramp(v, .6, .9))))
-    person = np.where(head.d < -.03, .99, np.clip(person * (1 - others), .02, .98))[..., None]
+    far = (1 - low) * (np.maximum(d - .25, 0) / .28) ** 2               # from the head: hair that big must be sure
+    others = np.maximum(ramp(u, 1.8, 2.6), ramp(u, .9, 1.25) * (1 - ramp(v, .6, .9)))           # people beside
+    person = special.expit(special.logit(np.clip(person, .02, .98)) - far) * (1 - others)
+    person = np.where(head.d < -.03, .99, np.clip(person, .02, .98))[..., None]
     return np.concatenate([1 - person, person * body / body.sum(axis=-1, keepdims=True)], axis=-1)
 
 
