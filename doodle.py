@@ -1765,7 +1765,7 @@ def find_weights(options):
 
 def text_of(path):
     """The text of a file of the kernel's."""
-    with open(path) as file:
+    with open(path, errors='surrogateescape') as file:
         return file.read()
 
 
@@ -3273,27 +3273,64 @@ def same_file(a, b):
     return os.path.realpath(a) == os.path.realpath(b) or all(map(os.path.exists, (a, b))) and os.path.samefile(a, b)
 
 
+# File systems of the kernel's own, in which nothing is kept.
+KERNEL = {'autofs', 'binfmt_misc', 'bpf', 'cgroup', 'cgroup2', 'configfs', 'debugfs', 'devpts', 'devtmpfs', 'efivarfs',
+          'fusectl', 'hugetlbfs', 'mqueue', 'nsfs', 'proc', 'pstore', 'securityfs', 'selinuxfs', 'sysfs', 'tracefs'}
+
+
 def mounts():
-    """The folders mounted into the program's container, {path: source on the host}; None outside of one."""
+    """What is mounted in the program's container, {path: source on the host}; None outside of one.
+
+    The source is None where nothing outlives the container: its own root, the kernel's file systems, a tmpfs made for
+    it (a folder of a host's tmpfs is seen by another root than /), single files, caches and secrets.
+    """
     if 'DOODLE_CONTAINER' not in os.environ:
         return None
-    with open('/proc/self/mountinfo') as file:
-        lines = [[re.sub(r'\\040', ' ', part) for part in line.split()] for line in file]
-    return {point: source for _, _, _, source, point, *_ in lines
-            if os.path.isdir(point) and not re.match('/(dev|etc|opt|proc|run|sys|tmp|usr|var)?(/|$)', point)}
+    own, found = (beside(''), os.environ['DOODLE_CONTAINER'] + '/', '/run/secrets/'), {}
+    for line in text_of('/proc/self/mountinfo').splitlines():
+        fields, (kind, *_) = [part.split() for part in line.split(' - ', 1)]
+        root, point = (re.sub(r'\\([0-7]{3})', lambda code: chr(int(code[1], 8)), field) for field in fields[3:5])
+        lost = point == '/' or kind in KERNEL or kind in ('tmpfs', 'ramfs') and root == '/'
+        found[point] = None if lost or f'{point}/'.startswith(own) or not os.path.isdir(point) else root
+    return found
+
+
+def keeping():
+    """Those of `mounts` that keep files, {path: source on the host}."""
+    return {point: source for point, source in (mounts() or {}).items() if source}
 
 
 def mount_of(path):
-    """The mounted folder on which `path` lies, or None."""
+    """The mounted folder that keeps what is at `path`, or None."""
     path = os.path.realpath(path) + '/'
-    return max((point for point in mounts() or () if path.startswith(point + '/')), key=len, default=None)
+    point = max((point for point in mounts() or () if path.startswith(point.rstrip('/') + '/')), key=len, default=None)
+    return point if point in keeping() else None
 
 
 def mounted():
     """What is mounted, in words."""
-    def entries(folder):
-        return f'{len(os.listdir(folder))} entries' if os.access(folder, os.R_OK) else 'not readable'
-    return ', '.join(f'{point} from {source} ({entries(point)})' for point, source in mounts().items()) or 'nothing'
+    def words(folder):
+        entries = f'{len(os.listdir(folder))} entries' if os.access(folder, os.R_OK) else 'not readable'
+        return entries + ('' if os.access(folder, os.W_OK) else ', read-only' if is_read_only(folder) else
+                          f', user {os.geteuid()} may not write, owner is {os.stat(folder).st_uid}')
+    return ', '.join(f'{point} from {source} ({words(point)})' for point, source in keeping().items()) or 'nothing'
+
+
+def is_read_only(folder):
+    """Whether a folder is mounted read-only."""
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+
+
+def existing(folder):
+    """`folder`, or the first folder above it that is there."""
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder) or '.'
+    return folder
+
+
+def is_kept(path):
+    """Whether a file at `path` can be written and outlives the container, or there is none."""
+    return mounts() is None or bool(mount_of(path)) and os.access(existing(os.path.dirname(path) or '.'), os.W_OK)
 
 
 # Where a run writes its result, a copy that outlives the container or None, and its checkpoint.
@@ -3303,17 +3340,17 @@ Places = namedtuple('Places', 'output copy checkpoint')
 def place_output(options):
     """The `Places` of a run.
 
-    An output that would be lost with the container has a copy in a mounted folder; if the container is read-only, the
-    copy is the output. The checkpoint is beside the copy, or else the output.
+    An output that would be lost with the container has a copy in a mounted folder; if its own cannot be written, the
+    copy is the output. The checkpoint is beside the copy, or else the output. Frames that would be lost go there, too.
     """
     output, copy = options.output, None
-    if mounts() is not None and not mount_of(output):
-        folders = [folder for folder in (mount_of(options.frames), *mounts())
-                   if folder and os.access(folder, os.W_OK)]
-        if folders:
-            copy = os.path.join(folders[0], os.path.basename(output))
-            if not os.access(os.path.dirname(output) or '.', os.W_OK):
-                output, copy = copy, None
+    folders = [folder for folder in (mount_of(options.frames), *keeping()) if folder and os.access(folder, os.W_OK)]
+    if folders and not is_kept(output):
+        copy = os.path.join(folders[0], os.path.basename(output))
+        if not os.access(os.path.dirname(output) or '.', os.W_OK):
+            output, copy = copy, None
+    if folders and not is_kept(options.frames):
+        options.frames = os.path.join(os.path.dirname(copy or output), os.path.basename(options.frames))
     return Places(output, copy, (copy or output) + '.checkpoint')
 
 
@@ -3333,12 +3370,29 @@ def check_files(options, places):
             *map(beside, ('vgg16.npz', ORIGINAL, 'samples/automaps.py'))]
     read += [] if options.seed in ('noise', 'content') else [options.seed]
     read += map(import_automaps().preview_path, maps) if options.auto_maps else []
+    remarks = check_kept(options, places)
     check_written(options, places, read)
-    lost = [(flag, path) for flag, path in (('--frames', options.frames if options.save_every else None),
-                                            ('--log', options.log))
-            if path and mounts() is not None and not mount_of(path) and not is_special(path)]
-    return [bold(f'WARNING: {flag} {path!r} is on no mounted folder, and is lost with the container. '
-                 f'FIX: -v "$PWD:/nd", or another {flag}.') for flag, path in lost]
+    return remarks
+
+
+# On the host: a volume without a name, which goes with its container if that is run with --rm, and one of a pod.
+FLEETING = r'/volumes/[0-9a-f]{64}/_data(/|$)|/volumes/kubernetes\.io~empty-dir/'
+
+
+def check_kept(options, places):
+    """Refuse a result that would be lost with the container, where something is mounted; returns warnings."""
+    output, mount = places.copy or places.output, '-v "$PWD:/data"'
+    paths = {'--output': output, '--frames': options.frames if options.save_every else None, '--log': options.log}
+    lost = {flag: path for flag, path in paths.items() if path and not is_special(path) and
+            not (is_kept(path) if flag == '--output' else mounts() is None or mount_of(path))}
+    if '--output' in lost and keeping() and not (options.check or os.environ.get('DOODLE_UNMOUNTED')):
+        raise UserError(f'The result would be lost with the container: it can be written to nothing that is mounted, '
+                        f'{mounted()}.', f'add {mount}, or to fetch it by docker cp, -e DOODLE_UNMOUNTED=1')
+    remarks = [f'{flag} {path!r} is on no mounted folder that can be written, and is lost with the container. '
+               f'FIX: {mount}, or another {flag}' for flag, path in lost.items()]
+    if re.search(FLEETING, keeping().get(mount_of(output), '')):
+        remarks.append(f'{mount_of(output)} is a volume without a name, which may go with the container. FIX: {mount}')
+    return [bold(f'WARNING: {remark}.') for remark in remarks]
 
 
 def check_written(options, places, read):
@@ -3364,7 +3418,8 @@ def check_written(options, places, read):
     image_format(places.output)
     folders = [(flag, os.path.dirname(given_target(path)) or '.') for flag, path in outputs if not is_special(path)]
     for flag, folder in folders + [('--frames', path) for path in frames]:
-        check_folder(folder, flag, f'choose another {flag}')
+        if not options.check or mounts() is None:                       # in a container `check_kept` has warned
+            check_folder(folder, flag, f'choose another {flag}')
 
 
 def is_special(path):
@@ -3420,13 +3475,10 @@ def open_log(path, at):
 
 def check_folder(folder, flag, fix):
     """Refuse a folder that cannot be written, or made; it is made by what writes there first."""
-    place = folder
     try:
         with contextlib.suppress(FileNotFoundError):
             os.stat(folder)                                             # its name may be too long
-        while not os.path.lexists(place):
-            place = os.path.dirname(place) or '.'
-        tempfile.TemporaryFile(dir=place).close()
+        tempfile.TemporaryFile(dir=existing(folder)).close()
     except OSError as error:
         raise UserError(f'{flag}: the folder {folder!r} cannot be written: {error.strerror}.', fix) from None
 
