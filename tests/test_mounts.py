@@ -1,5 +1,7 @@
 """What the program takes for kept in a container, by the lines of its /proc/self/mountinfo, and what it says of it."""
 import os
+import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,9 +68,9 @@ def test_a_mount_keeps_files_or_it_does_not(container, line, source):
 def test_the_nearest_mount_of_all_decides(container):
     container(KEPT[9][0], KEPT[0][0], '1180 1172 0:53 / /nd/frames rw - tmpfs tmpfs rw',
               '1181 1180 254:1 /b /nd/frames/kept rw - ext4 /dev/vda1 rw')
-    assert {path: doodle.mount_of(path) for path in ('/a', '/nd', '/nda/b', '/nd/a', '/nd/frames/a', '/nd/frames/kept/a')
-            } == {'/a': None, '/nd': '/nd', '/nda/b': None, '/nd/a': '/nd', '/nd/frames/a': None,
-                  '/nd/frames/kept/a': '/nd/frames/kept'}
+    for path, mount in {'/a': None, '/nd': '/nd', '/nda/b': None, '/nd/a': '/nd', '/nd/frames/a': None,
+                        '/nd/frames/kept/a': '/nd/frames/kept'}.items():
+        assert doodle.mount_of(path) == mount
 
 
 def test_outside_of_a_container_all_is_kept(monkeypatch):
@@ -143,3 +145,93 @@ def test_a_volume_that_may_go_with_its_container_is_told(placed, monkeypatch, tm
     monkeypatch.setattr(doodle, 'mounts', lambda: {str(tmp_path / 'nd'): source})
     remarks = doodle.check_kept(doodle.parse_options(['--style=style.png']), places)
     assert [remark.split()[1] for remark in remarks] == [str(tmp_path / 'nd')] * told
+
+
+# ---- reasons that are true in a container ----------------------------------------------------------------------------
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """photos(): a container in which the folder photos is mounted; photos(False): outside of one."""
+    doodle.import_pillow()
+    (tmp_path / 'photos').mkdir()
+    (tmp_path / 'photos/face_style.png').touch()
+    monkeypatch.chdir(tmp_path)
+
+    def photos(inside=True):
+        found = {'/': None, str(tmp_path / 'photos'): '/home/me/photos'} if inside else None
+        monkeypatch.setattr(doodle, 'mounts', lambda: found)
+    return photos
+
+
+@pytest.mark.parametrize('inside', [True, False])
+@pytest.mark.parametrize('path, fix', [
+    ('photos/face-style.png', "it may be 'photos/face_style.png'"),
+    ('photos/Face_style.png', "it may be 'photos/face_style.png'"),
+    ('photos\\face_style.png', 'use / in paths')])
+def test_what_is_near_to_a_missing_picture_is_named(photos, inside, path, fix):
+    photos(inside)
+    with pytest.raises(doodle.UserError, match='is not there') as error:
+        doodle.decoded(path)
+    assert error.value.fix.startswith(fix) and ('mounted is' in error.value.fix) == (inside and '\\' in path)
+
+
+def test_a_picture_of_a_mounted_folder_is_found_by_its_name(photos, tmp_path):
+    photos()
+    with pytest.raises(doodle.UserError) as error:
+        doodle.decoded('face_style.png')
+    assert error.value.fix == f"it may be '{tmp_path}/photos/face_style.png'"
+
+
+def test_a_link_out_of_the_mounted_folder_is_said_to_be_one(photos, tmp_path):
+    photos()
+    (tmp_path / 'photos/mine.png').symlink_to('/home/me/originals/mine.png')
+    with pytest.raises(doodle.UserError, match="a link to '/home/me/originals/mine.png'") as error:
+        doodle.decoded('photos/mine.png')
+    assert '-v "/home/me/originals:/home/me/originals"' in error.value.fix
+
+
+@pytest.mark.parametrize('label, added', [('docker-default (enforce)', 'chmod a+r'), ('unconfined', 'chmod a+r'),
+                                          ('system_u:system_r:container_t:s0:c12,c34', ':z at the end of the -v')])
+def test_a_file_that_may_not_be_read_is_told_with_user_and_owner(photos, monkeypatch, label, added):
+    photos()
+    monkeypatch.setattr(doodle, 'text_of', lambda path: label)
+    error = doodle.forbidden('photos/face_style.png')
+    assert re.search(r"by user \w+: '.+/face_style.png' is -rw-r--r-- and of \w+\.", error.problem)
+    assert '--user "$(id -u):$(id -g)"' in error.fix and added in error.fix
+
+
+def test_a_result_for_which_only_the_user_is_wrong_is_told_so(photos, monkeypatch):
+    photos()
+    monkeypatch.setattr(os, 'access', lambda path, mode: mode != os.W_OK)
+    options = doodle.parse_options(['--style=a.png'])
+    with pytest.raises(doodle.UserError, match=r'not to be written by user \w+: .+ is drwx.+ and of') as error:
+        doodle.check_kept(options, doodle.place_output(options))
+    assert '--user "$(id -u):$(id -g)"' in error.value.fix and '-v "$PWD:/data"' in error.value.fix
+
+
+@pytest.mark.parametrize('inside', [True, False])
+def test_too_little_memory_in_a_container_is_docker_s_to_raise(photos, monkeypatch, inside):
+    photos(inside)
+    monkeypatch.setattr(doodle, 'memory_limit', lambda: 1)
+    size = SimpleNamespace(shape=(90, 90, 3))
+    with pytest.raises(doodle.UserError) as error:
+        doodle.check_memory(SimpleNamespace(size=(90, 90), style=size), doodle.parse_options(['--style=a.png']))
+    assert ('--memory' in error.value.fix) == inside
+
+
+@pytest.mark.parametrize('inside', [True, False])
+def test_a_gpu_in_the_cpu_image_names_the_gpu_image(photos, monkeypatch, inside):
+    photos(inside)
+    monkeypatch.setitem(sys.modules, 'pygpu', None)
+    problem, fix = doodle.open_gpu('cuda0').args
+    assert 'pygpu' in problem and ('--target gpu' in fix) == inside
+
+
+def test_maps_of_pictures_that_are_read_only_go_beside_the_result(photos, tmp_path, monkeypatch):
+    photos()
+    (tmp_path / 'photos/face_style_sem.png').touch()
+    monkeypatch.setattr(os, 'access', lambda path, mode: os.path.abspath(path) != str(tmp_path / 'photos'))
+    given = ['--style=photos/face_style.png', '--content=photos/me.jpg', '--output=out/a.png']
+    there = 'photos/face_style_sem.png'
+    assert doodle.map_paths(doodle.parse_options([*given, '--auto-maps=4'])) == ['out/me_sem.png', there]
+    assert doodle.map_paths(doodle.parse_options(given)) == ['photos/me_sem.png', there]
