@@ -14,13 +14,13 @@ ARG BASE=debian:bookworm-slim
 # ---- base: Debian's Python 3.11 (the one that Debian's pygpu is made for), the compiler that Theano calls, the packages
 FROM ${BASE} AS base
 # Debian's versions are not pinned: its mirrors keep the newest of a release only, so that a pin soon builds no more.
-# No program needs the rights of another user.
-# hadolint ignore=DL3008,DL3009
-RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt,sharing=locked \
+# The lists are not cached: with /var/lib/apt mounted, buildah loses /usr/lib/apt. No program needs another user's rights.
+# hadolint ignore=DL3008
+RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
     rm -f /etc/apt/apt.conf.d/docker-clean \
  && apt-get update \
  && apt-get install -y --no-install-recommends g++ python3-dev python3-venv \
- && rm -rf /usr/lib/python3.11/config-*/*.a \
+ && rm -rf /var/lib/apt/lists/* /usr/lib/python3.11/config-*/*.a \
  && find / -xdev -type f -perm /6000 -exec chmod a-s {} +
 # Files are copied, not mounted, for buildah takes what is mounted for unchanged.
 COPY .docker/requirements.txt /opt/doodle/
@@ -52,9 +52,11 @@ WORKDIR /nd
 
 # ---- gpu: needs the NVIDIA container toolkit and `--gpus all`; falls back to the CPU. For x86-64 only, by gpu.txt
 FROM base AS gpu
-# hadolint ignore=DL3008,DL3009
-RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt,sharing=locked \
-    apt-get update && apt-get install -y --no-install-recommends python3-pygpu libgpuarray-dev
+# hadolint ignore=DL3008
+RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
+    apt-get update \
+ && apt-get install -y --no-install-recommends python3-pygpu libgpuarray-dev \
+ && rm -rf /var/lib/apt/lists/*
 # libgpuarray opens CUDA by names without a version, which the wheels lack, and so does the driver (mounted at start).
 COPY .docker/gpu.txt /opt/doodle/
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps --require-hashes -r /opt/doodle/gpu.txt \

@@ -10,7 +10,7 @@ import pytest
 import doodle
 
 HASH = '0b94e7ffee0cda1a7b4a2c1a0d5bd3ef61ac57c05c5fa24f7a2bbd7e0b8d7a55'
-# Lines as they were seen, and the source of the folder, or None where nothing is kept.
+# Lines as these programs have them, and the source of the folder, or None where nothing is kept.
 KEPT = [
     # Docker
     ('1172 1075 254:1 /home/me/pics /nd rw,relatime - ext4 /dev/vda1 rw,discard', '/home/me/pics'),
