@@ -58,6 +58,7 @@ import configparser
 import contextlib
 import ctypes
 import dataclasses
+import difflib
 import errno
 import fcntl
 import fnmatch
@@ -1337,7 +1338,7 @@ def run_alone(options, places, inputs, remarks):
     device = device or open_device(options, inputs)
     for line in remarks + lines + [f'Random seed {at.header["random_seed"]}.']:
         say(f'  - {line}')
-    say('  - Compiling, which takes a minute the first time..')
+    say('  - Compiling ..')
     at.header |= dict(device=device, slices=choose_slices(inputs, options, device))
     objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, device == 'cpu',
                           inputs.style_alpha is not None, at.header['slices'])
@@ -1705,10 +1706,11 @@ def is_vgg19(path):
         return hashlib.file_digest(file, 'md5').hexdigest() == KERAS['md5']
 
 
-def fetch_vgg19():
+def fetch_vgg19(asked=True):
     """The path of VGG19 in the cache, to which it is fetched where it is missing or broken.
 
-    ``DOODLE_ADDRESSES`` may hold further addresses of folders, separated by spaces, which are tried first.
+    ``DOODLE_ADDRESSES`` may hold further addresses of folders, separated by spaces, which are tried first;
+    ``DOODLE_OFFLINE`` the reason why nothing is fetched unless it is `asked` for.
 
     Raises
     ------
@@ -1718,6 +1720,8 @@ def fetch_vgg19():
     path = cached_vgg19()
     if is_vgg19(path):
         return path
+    if not asked and (reason := os.environ.get('DOODLE_OFFLINE')):
+        raise OSError(reason)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(os.path.join(os.path.dirname(path), 'lock'), 'a', opener=opened_file) as lock:
         try:
@@ -1754,7 +1758,7 @@ def find_weights(options):
     if not path and options.network != 'vgg16':
         found = next(filter(os.path.exists, (beside(ORIGINAL), ORIGINAL)), None)
         try:
-            path = None if found else fetch_vgg19()
+            path = None if found else fetch_vgg19(options.network == 'vgg19')
         except OSError as error:
             trouble = f'VGG19 cannot be fetched ({error})'
             if options.network == 'vgg19':
@@ -1781,7 +1785,7 @@ def find_weights(options):
 
 def text_of(path):
     """The text of a file of the kernel's."""
-    with open(path) as file:
+    with open(path, errors='surrogateescape') as file:
         return file.read()
 
 
@@ -1823,7 +1827,7 @@ def memory_needed(size, style_size, options):
     """Bytes at the peak of a run on the CPU: samples/measure_memory.py fits the numbers to measured peaks.
 
     The peak is where the network is compiled, or where the features and keys of all copies of the style are made, or
-    where the image is painted.
+    where the image is painted, or else where maps are, of whatever size.
     """
     def floats(names):                                                  # bytes for each pixel of the picture
         return sum(4 * filters(name) / stride(name) ** 2 for name in names)
@@ -1834,7 +1838,10 @@ def memory_needed(size, style_size, options):
     area, style_area, copies = math.prod(size), math.prod(style_size), copy_count(options)
     making = 250 * style_area + (1.66 * style + 0.62 * matched) * copies * style_area
     painting = (1.46 * floats(names) + 1.29 * style) * area + 0.98 * matched * copies * style_area
-    return max(254e6 + 11 * weights, 281e6 + 6.9 * weights + max(making, painting))
+    return max(254e6 + 11 * weights, 281e6 + 6.9 * weights + max(making, painting), 915e6 * bool(options.auto_maps))
+
+
+MORE_MEMORY = 'raise docker run --memory, or on Docker Desktop the memory in its settings'
 
 
 def check_memory(inputs, options):
@@ -1849,7 +1856,11 @@ def check_memory(inputs, options):
         return
     longest = bisect.bisect(range(max(size + style_size)), limit, key=lambda n: memory_needed(*sizes(n), options)) - 1
     fix = '--output-size={}x{}'.format(*sizes(longest)[0]) if options.output_size else f'--max-size={longest}'
-    fix = fix if longest >= 64 else 'close other programs, raise ulimit -v, or use a machine with more memory'
+    more = 'close other programs, raise ulimit -v, or use a machine with more memory'
+    if mounts() is not None:
+        more = MORE_MEMORY
+        fix += f', or {more}'
+    fix = fix if longest >= 64 else more
     raise UserError(f'{size[0]}x{size[1]} pixels in the style of {style_size[0]}x{style_size[1]} need about '
                     f'{needed / 1e9:.1f} GB of memory, and there are {limit / 1e9:.1f} GB.', fix)
 
@@ -2139,9 +2150,11 @@ def compiling():
 def compile_quickly():
     """Precompile the headers of Theano's C++, which take g++ most of its time, and leave debug symbols out."""
     compiler, header = theano.gof.cmodule.GCC_compiler, os.path.join(theano.config.compiledir, 'headers.h')
-    compile_str = compiler.compile_str
+    compile_str, told = compiler.compile_str, []
 
     def compiled(*arguments, preargs, **named):
+        if not told:
+            told.append(say('  - Some of it is new to this machine, which may take a minute the first time ..'))
         if not os.path.exists(header + '.gch'):
             with written_whole(header) as file:
                 file.write(b'#include <Python.h>\n#include <iostream>\n#include <vector>\n#include <algorithm>\n'
@@ -2362,6 +2375,8 @@ def open_gpu(device):
         problem, fix = error.args
     except Exception as error:  # libgpuarray's own errors, and whatever loading it may raise
         problem, fix = one_line(error) + '.', 'see README, Troubleshooting, or use --device=cpu'
+        if isinstance(error, ImportError) and mounts() is not None:
+            fix = 'take the gpu image, docker build -t neural-doodle:gpu --target gpu, and docker run --gpus all'
     return UserError(f'{device} cannot be used: {problem}', fix)
 
 
@@ -2545,19 +2560,58 @@ def is_there(path):
     return True
 
 
-def forbidden(path):
-    """The `UserError` for a file that this user may not read; it names the folder or file whose mode forbids it."""
+def rights(place):
+    """Who this user is, and what the mode and owner of a file or folder are, in words."""
     def name(user):
         with contextlib.suppress(KeyError):
             user = pwd.getpwuid(user).pw_name
         return user
+    found = os.stat(place)
+    return f'by user {name(os.geteuid())}: {place!r} is {stat.filemode(found.st_mode)} and of {name(found.st_uid)}'
+
+
+def allowing(fix):
+    """What lets a file be used that this user may not: `fix`, or in a container what its start lacks."""
+    label = ''
+    with contextlib.suppress(OSError):
+        label = text_of('/proc/self/attr/current')
+    labelled = 'for SELinux :z at the end of the -v' if ':container_' in label else fix
+    return fix if mounts() is None else f'--user "$(id -u):$(id -g)", or {labelled}'
+
+
+def forbidden(path):
+    """The `UserError` for a file that this user may not read; it names the folder or file whose mode forbids it."""
     parts = os.path.realpath(path).split('/')
     folders = ['/'.join(parts[:k]) or '/' for k in range(1, len(parts))]
     place = next((folder for folder in folders if not os.access(folder, os.X_OK)), '/'.join(parts))
-    found = os.stat(place)
-    return UserError(f'{path!r} may not be read by user {name(os.geteuid())}: {place!r} is '
-                     f'{stat.filemode(found.st_mode)} and of {name(found.st_uid)}.',
-                     f'let all read it: chmod a+{"x" if place in folders else "r"} {shlex.quote(place)}')
+    letter = 'x' if place in folders else 'r'
+    return UserError(f'{path!r} may not be read {rights(place)}.',
+                     allowing(f'let all read it: chmod a+{letter} {shlex.quote(place)}'))
+
+
+def not_there(path):
+    """The `UserError` for a picture that is not there, with what may have been meant."""
+    folder, name = os.path.split(path)
+    inside = [found for found in (os.path.join(point, path) for point in keeping()) if os.path.isfile(found)]
+    near = []
+    if (mounts() is None or mount_of(path)) and os.access(folder or '.', os.R_OK):
+        near = difflib.get_close_matches(name, os.listdir(folder or '.'), 1, 0.8)
+    problem, fix = 'not there', f'check the path; to see a sample at work: {SAMPLE}'
+    if os.path.exists(path):
+        problem = 'not a file'
+    elif os.path.islink(path):
+        problem, target = f'a link to {os.readlink(path)!r}, which is not there', os.path.realpath(path)
+        fix = 'mend the link' if mounts() is None else 'mount the folder of its target, too: -v "{0}:{0}"'.format(
+            os.path.dirname(target))
+    elif '\\' in path:
+        fix = 'use / in paths' + ('' if mounts() is None else f'; mounted is {mounted()}')
+    elif inside or near:
+        fix = f'it may be {(inside or [os.path.join(folder, *near)])[0]!r}'
+    elif mounts() is not None:
+        fix = f'mount its folder, -v "$PWD:/nd"; looked for {os.path.abspath(path)}, and mounted is {mounted()}'
+    elif name.startswith(('gollum', 'jim_carrey')):
+        fix = f'the pictures of the post are yours to bring; to see a sample at work: {SAMPLE}'
+    return UserError(f'{path!r} is {problem}.', fix)
 
 
 def tiff_tag(image, number, default):
@@ -2624,13 +2678,7 @@ def decoded(path):
         There is no such file, this user may not read it, it is no picture, or it asks for too much memory or time.
     """
     if not is_there(path) or not os.path.isfile(path):
-        name = os.path.basename(path)
-        fix = f'check the path; to see a sample at work: {SAMPLE}'
-        if name.startswith(('gollum', 'jim_carrey')):
-            fix = f'the pictures of the post are yours to bring; to see a sample at work: {SAMPLE}'
-        if mounts() is not None:
-            fix = f'mount its folder, -v "$PWD:/nd"; looked for {os.path.abspath(path)}, and mounted is {mounted()}'
-        raise UserError(f'{path!r} is ' + ('not a file.' if os.path.exists(path) else 'not there.'), fix)
+        raise not_there(path)
     if os.path.getsize(path) > memory_limit() / 4:                      # some formats are read as a whole
         raise UserError(f'{path!r} has {os.path.getsize(path) / 1e9:.1f} GB, too much for the free memory.', SMALLER)
     try:
@@ -3344,27 +3392,64 @@ def same_file(a, b):
     return os.path.realpath(a) == os.path.realpath(b) or all(map(os.path.exists, (a, b))) and os.path.samefile(a, b)
 
 
+# File systems of the kernel's own, in which nothing is kept.
+KERNEL = {'autofs', 'binfmt_misc', 'bpf', 'cgroup', 'cgroup2', 'configfs', 'debugfs', 'devpts', 'devtmpfs', 'efivarfs',
+          'fusectl', 'hugetlbfs', 'mqueue', 'nsfs', 'proc', 'pstore', 'securityfs', 'selinuxfs', 'sysfs', 'tracefs'}
+
+
 def mounts():
-    """The folders mounted into the program's container, {path: source on the host}; None outside of one."""
+    """What is mounted in the program's container, {path: source on the host}; None outside of one.
+
+    The source is None where nothing outlives the container: its own root, the kernel's file systems, a tmpfs made for
+    it (a folder of a host's tmpfs is seen by another root than /), single files, caches and secrets.
+    """
     if 'DOODLE_CONTAINER' not in os.environ:
         return None
-    with open('/proc/self/mountinfo') as file:
-        lines = [[re.sub(r'\\040', ' ', part) for part in line.split()] for line in file]
-    return {point: source for _, _, _, source, point, *_ in lines
-            if os.path.isdir(point) and not re.match('/(dev|etc|opt|proc|run|sys|tmp|usr|var)?(/|$)', point)}
+    own, found = (beside(''), os.environ['DOODLE_CONTAINER'] + '/', '/run/secrets/'), {}
+    for line in text_of('/proc/self/mountinfo').splitlines():
+        fields, (kind, *_) = [part.split() for part in line.split(' - ', 1)]
+        root, point = (re.sub(r'\\([0-7]{3})', lambda code: chr(int(code[1], 8)), field) for field in fields[3:5])
+        lost = point == '/' or kind in KERNEL or kind in ('tmpfs', 'ramfs') and root == '/'
+        found[point] = None if lost or f'{point}/'.startswith(own) or not os.path.isdir(point) else root
+    return found
+
+
+def keeping():
+    """Those of `mounts` that keep files, {path: source on the host}."""
+    return {point: source for point, source in (mounts() or {}).items() if source}
 
 
 def mount_of(path):
-    """The mounted folder on which `path` lies, or None."""
+    """The mounted folder that keeps what is at `path`, or None."""
     path = os.path.realpath(path) + '/'
-    return max((point for point in mounts() or () if path.startswith(point + '/')), key=len, default=None)
+    point = max((point for point in mounts() or () if path.startswith(point.rstrip('/') + '/')), key=len, default=None)
+    return point if point in keeping() else None
 
 
 def mounted():
     """What is mounted, in words."""
-    def entries(folder):
-        return f'{len(os.listdir(folder))} entries' if os.access(folder, os.R_OK) else 'not readable'
-    return ', '.join(f'{point} from {source} ({entries(point)})' for point, source in mounts().items()) or 'nothing'
+    def words(folder):
+        entries = f'{len(os.listdir(folder))} entries' if os.access(folder, os.R_OK) else 'not readable'
+        return entries + ('' if os.access(folder, os.W_OK) else ', read-only' if is_read_only(folder) else
+                          ', not to be written ' + rights(folder))
+    return ', '.join(f'{point} from {source} ({words(point)})' for point, source in keeping().items()) or 'nothing'
+
+
+def is_read_only(folder):
+    """Whether a folder is mounted read-only."""
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+
+
+def existing(folder):
+    """`folder`, or the first folder above it that is there."""
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder) or '.'
+    return folder
+
+
+def is_kept(path):
+    """Whether a file at `path` can be written and outlives the container, or there is none."""
+    return mounts() is None or bool(mount_of(path)) and os.access(existing(os.path.dirname(path) or '.'), os.W_OK)
 
 
 # Where a run writes its result, a copy that outlives the container or None, and its checkpoint.
@@ -3374,17 +3459,17 @@ Places = namedtuple('Places', 'output copy checkpoint')
 def place_output(options):
     """The `Places` of a run.
 
-    An output that would be lost with the container has a copy in a mounted folder; if the container is read-only, the
-    copy is the output. The checkpoint is beside the copy, or else the output.
+    An output that would be lost with the container has a copy in a mounted folder; if its own cannot be written, the
+    copy is the output. The checkpoint is beside the copy, or else the output. Frames that would be lost go there, too.
     """
     output, copy = options.output, None
-    if mounts() is not None and not mount_of(output):
-        folders = [folder for folder in (mount_of(options.frames), *mounts())
-                   if folder and os.access(folder, os.W_OK)]
-        if folders:
-            copy = os.path.join(folders[0], os.path.basename(output))
-            if not os.access(os.path.dirname(output) or '.', os.W_OK):
-                output, copy = copy, None
+    folders = [folder for folder in (mount_of(options.frames), *keeping()) if folder and os.access(folder, os.W_OK)]
+    if folders and not is_kept(output):
+        copy = os.path.join(folders[0], os.path.basename(output))
+        if not os.access(os.path.dirname(output) or '.', os.W_OK):
+            output, copy = copy, None
+    if folders and not is_kept(options.frames):
+        options.frames = os.path.join(os.path.dirname(copy or output), os.path.basename(options.frames))
     return Places(output, copy, (copy or output) + '.checkpoint')
 
 
@@ -3404,12 +3489,30 @@ def check_files(options, places):
             *map(beside, ('vgg16.npz', ORIGINAL, 'samples/automaps.py', 'samples/faces.py', 'samples/faces.npz'))]
     read += [] if options.seed in ('noise', 'content') else [options.seed]
     read += map(preview_path, maps) if options.auto_maps else []
+    remarks = check_kept(options, places)
     check_written(options, places, read)
-    lost = [(flag, path) for flag, path in (('--frames', options.frames if options.save_every else None),
-                                            ('--log', options.log))
-            if path and mounts() is not None and not mount_of(path) and not is_special(path)]
-    return [bold(f'WARNING: {flag} {path!r} is on no mounted folder, and is lost with the container. '
-                 f'FIX: -v "$PWD:/nd", or another {flag}.') for flag, path in lost]
+    return remarks
+
+
+# On the host: a volume without a name, which goes with its container if that is run with --rm, and one of a pod.
+FLEETING = r'/volumes/[0-9a-f]{64}/_data(/|$)|/volumes/kubernetes\.io~empty-dir/'
+
+
+def check_kept(options, places):
+    """Refuse a result that would be lost with the container, where something is mounted; returns warnings."""
+    output, mount = places.copy or places.output, '-v "$PWD:/data"'
+    paths = {'--output': output, '--frames': options.frames if options.save_every else None, '--log': options.log}
+    lost = {flag: path for flag, path in paths.items() if path and not is_special(path) and
+            not (is_kept(path) if flag == '--output' else mounts() is None or mount_of(path))}
+    if '--output' in lost and keeping() and not (options.check or os.environ.get('DOODLE_UNMOUNTED')):
+        fix = f'add {mount}, or to fetch it by docker cp, -e DOODLE_UNMOUNTED=1'
+        raise UserError(f'The result would be lost with the container: it can be written to nothing that is mounted, '
+                        f'{mounted()}.', fix if all(map(is_read_only, keeping())) else allowing(fix))
+    remarks = [f'{flag} {path!r} is on no mounted folder that can be written, and is lost with the container. '
+               f'FIX: {mount}, or another {flag}' for flag, path in lost.items()]
+    if re.search(FLEETING, keeping().get(mount_of(output), '')):
+        remarks.append(f'{mount_of(output)} is a volume without a name, which may go with the container. FIX: {mount}')
+    return [bold(f'WARNING: {remark}.') for remark in remarks]
 
 
 def check_written(options, places, read):
@@ -3435,7 +3538,8 @@ def check_written(options, places, read):
     image_format(places.output)
     folders = [(flag, os.path.dirname(given_target(path)) or '.') for flag, path in outputs if not is_special(path)]
     for flag, folder in folders + [('--frames', path) for path in frames]:
-        check_folder(folder, flag, f'choose another {flag}')
+        if not options.check or mounts() is None:                       # in a container `check_kept` has warned
+            check_folder(folder, flag, f'choose another {flag}')
 
 
 def is_special(path):
@@ -3491,13 +3595,13 @@ def open_log(path, at):
 
 def check_folder(folder, flag, fix):
     """Refuse a folder that cannot be written, or made; it is made by what writes there first."""
-    place = folder
     try:
         with contextlib.suppress(FileNotFoundError):
             os.stat(folder)                                             # its name may be too long
-        while not os.path.lexists(place):
-            place = os.path.dirname(place) or '.'
-        tempfile.TemporaryFile(dir=place).close()
+        tempfile.TemporaryFile(dir=existing(folder)).close()
+    except PermissionError:
+        raise UserError(f'{flag}: the folder {folder!r} cannot be written: Permission denied, it may not be written '
+                        f'{rights(existing(folder))}.', allowing(fix)) from None
     except OSError as error:
         raise UserError(f'{flag}: the folder {folder!r} cannot be written: {error.strerror}.', fix) from None
 

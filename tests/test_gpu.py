@@ -156,7 +156,7 @@ def test_the_run_goes_on_on_the_cpu(tmp_path):
 def test_a_gpu_is_named_with_memory_and_driver(doodle, monkeypatch):
     card = SimpleNamespace(devname='NVIDIA GeForce GTX 1080', total_gmem=8_513_978_368)
     monkeypatch.setattr(doodle.theano, 'gpuarray', SimpleNamespace(get_context=lambda name: card), raising=False)
-    monkeypatch.setattr(doodle, 'open', lambda path: io.StringIO(version), raising=False)
+    monkeypatch.setattr(doodle, 'open', lambda path, **_: io.StringIO(version), raising=False)
     version = 'NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC: 12.2'
     assert doodle.described('cpu') == '`cpu`'
     assert doodle.described('cuda0') == '`cuda0` (NVIDIA GeForce GTX 1080, 8.5 GB, driver 535.104.05)'

@@ -161,14 +161,6 @@ def test_an_abbreviation_is_one_option_or_refused(refused):
     assert program.parse_options(['--style=a.png', '--iter=7', '--content-w=3']).iterations == 7
 
 
-def test_the_image_tells_a_network_that_is_asked_for_by_any_abbreviation():
-    prefixes = tuple(re.findall(r'\*" (--\w+)"\*', (ROOT / 'Dockerfile').read_text()))
-    for flag in (flag for rows in program.OPTIONS.values() for flag, *_ in rows):
-        assert flag.startswith(prefixes) == (flag in ('--weights', '--network'))
-    for name in ('--w', '--weight', '--n', '--net'):
-        assert name.startswith(prefixes) and program.parse_options(['--style=a.png', f'{name}=vgg19'])
-
-
 # ---- paths -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('option', PATHS)

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +45,23 @@ def test_the_wheel_of_theano_is_found_and_is_the_one_that_its_script_makes():
     checksum = re.search("SHA256 = '(.+)'", (ROOT / 'samples/build_theano.py').read_text())[1]
     wheel = ROOT / 'samples/theano-1.0.5-py3-none-any.whl'
     assert hashlib.sha256(wheel.read_bytes()).hexdigest() == checksum
+
+
+def test_the_image_has_the_same_pins_with_checksums():
+    def pins(text):
+        found = map(Requirement, re.findall(r'^([^#\s][^\\\n]*)', text, re.MULTILINE))
+        return {(canonicalize_name(pin.name), str(pin.specifier)) for pin in found
+                if not pin.marker or pin.marker.evaluate({'python_version': '3.11', 'python_full_version': '3.11.2'})}
+    hashed = (ROOT / '.docker/requirements.txt').read_text()
+    assert pins((ROOT / 'requirements.txt').read_text()) <= pins(hashed)
+    for name in '.docker/requirements.txt', '.docker/gpu.txt':
+        for pin in (ROOT / name).read_text().replace('\\\n', '').splitlines():
+            assert pin.startswith('#') or re.fullmatch(r'[\w-]+==[\w.]+( +--hash=sha256:[0-9a-f]{64}){1,2}', pin), pin
+
+
+def test_the_label_of_the_image_is_the_program_s_version():
+    version = re.search(r"^__version__ = '(.+)'$", (ROOT / 'doodle.py').read_text(), re.MULTILINE)[1]
+    assert re.findall(r'^ARG VERSION=(.*)$', (ROOT / 'Dockerfile').read_text(), re.MULTILINE) == [version] * 2
 
 
 def test_first_command_runs_the_sample_and_the_second_the_tests():

@@ -6,7 +6,8 @@ import pytest
 
 from conftest import ROOT
 
-PATHS = [ROOT / 'doodle.py', *sorted((ROOT / 'samples').glob('*.py'))]
+PATHS = [ROOT / 'doodle.py', *(ROOT / '.docker' / name for name in ('start', 'vgg19')),
+         *sorted((ROOT / 'samples').glob('*.py'))]
 METHOD = ['options', 'images and maps', 'network', 'matching', 'losses', 'objective', 'optimisation', 'run']
 MACHINERY = ['weights', 'devices', 'engine', 'files: pictures', 'files: painted maps', 'files: what a run writes',
              'files: what a run says', 'engine in C++', 'main']
