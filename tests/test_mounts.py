@@ -225,13 +225,3 @@ def test_a_gpu_in_the_cpu_image_names_the_gpu_image(photos, monkeypatch, inside)
     monkeypatch.setitem(sys.modules, 'pygpu', None)
     problem, fix = doodle.open_gpu('cuda0').args
     assert 'pygpu' in problem and ('--target gpu' in fix) == inside
-
-
-def test_maps_of_pictures_that_are_read_only_go_beside_the_result(photos, tmp_path, monkeypatch):
-    photos()
-    (tmp_path / 'photos/face_style_sem.png').touch()
-    monkeypatch.setattr(os, 'access', lambda path, mode: os.path.abspath(path) != str(tmp_path / 'photos'))
-    given = ['--style=photos/face_style.png', '--content=photos/me.jpg', '--output=out/a.png']
-    there = 'photos/face_style_sem.png'
-    assert doodle.map_paths(doodle.parse_options([*given, '--auto-maps=4'])) == ['out/me_sem.png', there]
-    assert doodle.map_paths(doodle.parse_options(given)) == ['photos/me_sem.png', there]

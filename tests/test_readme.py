@@ -49,7 +49,7 @@ def test_the_wheel_of_theano_is_found_and_is_the_one_that_its_script_makes():
 
 def test_the_image_has_the_same_pins_with_checksums():
     def pins(text):
-        found = map(Requirement, re.findall(r'^([^#\s][^\\\n]*)', text, re.MULTILINE))
+        found = map(Requirement, re.findall(r'^([^#\s-][^\\\n]*)', text, re.MULTILINE))
         return {(canonicalize_name(pin.name), str(pin.specifier)) for pin in found
                 if not pin.marker or pin.marker.evaluate({'python_version': '3.11', 'python_full_version': '3.11.2'})}
     hashed = (ROOT / '.docker/requirements.txt').read_text()
