@@ -25,7 +25,7 @@ from scipy.cluster.vq import kmeans2
 from scipy.spatial.distance import cdist
 
 SAMPLES = Path(__file__).resolve().parent
-sys.path.insert(0, str(SAMPLES.parent))
+sys.path[:0] = [str(SAMPLES.parent), str(SAMPLES)]
 HELD_OUT = 'biden', 'morisot'                                           # nothing was tuned to these
 
 
@@ -165,6 +165,7 @@ def right_patches(options, painted, weights):
     painted : list of two (H, W) int arrays
         The parts of content and style.
     """
+    import compare
     import doodle
     inputs, _ = doodle.read_pictures(options)
     inputs, _ = doodle.read_maps(inputs, options)
@@ -174,10 +175,8 @@ def right_patches(options, painted, weights):
     objective(doodle.to_planes(doodle.read_picture(options.output).pixels))
     shares = []
     for layer, term in objective.style.items():
-        k = doodle.stride(layer)
-        at = [labels[k + k // 2::k, k + k // 2::k] for labels in painted]                   # middles of patches
-        sides = [[side // k - 2 for side in picture.shape[:2]] for picture in (inputs.content, inputs.style)]
-        content, style = (part[:rows, :columns].ravel() for part, (rows, columns) in zip(at, sides))
+        content, style = (compare.part_of(labels, [side // doodle.stride(layer) for side in labels.shape], layer)
+                          for labels in painted)
         shares.append((content == style[term.matches.get_value()]).mean())
     return shares
 

@@ -298,7 +298,7 @@ PORTRAITS = {
 }
 
 # Maps of five of them; collars are clothes here, a beard is skin, a veil is hair, and the bosom is neck. The Mona Lisa
-# has no brows, and Morisot's neck is hidden. MORISOT and SPEAKING are held out: nothing is to be tuned to them.
+# has no brows, and Morisot's neck is hidden. MORISOT and BIDEN are held out: nothing is to be tuned to them.
 BIDEN = [
     ('clothes', '''0,419 20,418 40,415 58,409 72,402 88,393 100,383 112,373 117,370 122,358 126,352 133,349 137,358
         147,375 155,385 175,398 200,413 218,429 224,436 250,440 266,440 280,433 291,423 299,413 304,405 306,404
