@@ -100,7 +100,7 @@ def test_cores_are_those_of_the_cpu_set_and_the_cgroup(doodle, monkeypatch, file
     files = {f'/sys/fs/cgroup/{name}': text for name, text in files.items()}
     files['/proc/self/cgroup'] = '5:memory:/m\n4:cpu,cpuacct:/c\n0::/a/b\n'
 
-    def opened(path, *_):
+    def opened(path, *_, **__):
         if path not in files:
             raise FileNotFoundError(path)
         return io.StringIO(files[path])

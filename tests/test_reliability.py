@@ -679,7 +679,7 @@ ROOM = {'/proc/meminfo': 'MemTotal:  9000000 kB\nMemAvailable:    4000000 kB\nSw
     ({'/proc/self/cgroup': '2:memory:/\n', '/sys/fs/cgroup/memory/memory.limit_in_bytes': '9223372036854771712\n'},
      4_000_100 * 1024)])
 def test_memory_is_what_the_machine_has_to_spare_or_less_by_the_cgroup(doodle, monkeypatch, files, limit):
-    def opened(path, *_):
+    def opened(path, *_, **__):
         if path not in ROOM | files:
             raise FileNotFoundError(path)
         return io.StringIO((ROOM | files)[path])
