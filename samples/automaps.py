@@ -561,6 +561,18 @@ def scaled(X):
     return X / max(np.sqrt((X ** 2).sum(axis=1).mean()), 1e-12)
 
 
+def superpixels(picture):
+    """About `MAP_SEGMENTS` superpixels of a picture (H, W, 3) uint8, by SLIC [A12]: their numbers (H, W), from 0.
+
+    Noise tears superpixels to specks, which SLIC merges to a few huge ones: a noisy picture is smoothed more.
+    """
+    for sigma in 0.5, 1, 2:
+        cut = segmentation.slic(picture, n_segments=MAP_SEGMENTS, compactness=10, sigma=sigma, start_label=0)
+        if cut.max() >= MAP_SEGMENTS / 2:
+            break
+    return cut
+
+
 def segment_means(segments, values):
     """Means of `values` (h, w, C), brought to the size of `segments` (H, W), over each of the segments, (n, C)."""
     count, segments = segments.max() + 1, segments[::2, ::2]            # every other pixel is enough
@@ -590,11 +602,12 @@ def border_ways(segments, X):
     borders = segments[0], segments[-1], segments[:, 0], segments[:, -1]
     ways = np.stack([csgraph.dijkstra(graph, directed=False, indices=np.unique(border), min_only=True)
                      for border in borders], axis=1)
-    return ways / ways.mean()
+    return ways / max(ways.mean(), 1e-12)                               # 0 where each superpixel is at each border
 
 
 def describe(pictures, weights, fast):
     """Cut both pictures into superpixels, and compute the descriptor of each.
+
     Parameters
     ----------
     pictures : list of two (H, W, 3) uint8 arrays
@@ -605,7 +618,7 @@ def describe(pictures, weights, fast):
     Returns
     -------
     segments : list of two (h, w) int arrays
-        Superpixels by SLIC [A12]; the numbers of the second picture follow those of the first.
+        As from `superpixels`; the numbers of the second picture follow those of the first.
     X : (n, d) array
         Descriptors, of all that `MAP_WEIGHTS` names.
     f : (n, e) array
@@ -619,7 +632,7 @@ def describe(pictures, weights, fast):
     for picture in pictures:
         scale = MAP_SIDE / max(picture.shape)
         small = doodle.resized(picture, [max(16, round(side * scale)) for side in picture.shape[1::-1]], Image.LANCZOS)
-        cut = segmentation.slic(small, n_segments=MAP_SEGMENTS, compactness=10, sigma=0.5, start_label=0)
+        cut = superpixels(small)
         height = np.linspace(-1, 1, len(cut))[:, None, None].repeat(cut.shape[1], axis=1)
         lab = segment_means(cut, color.rgb2lab(small))
         layers = [segment_means(cut, f / np.maximum(np.linalg.norm(f, axis=2, keepdims=True), 1e-6))

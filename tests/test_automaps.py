@@ -278,6 +278,16 @@ def test_colours_serve_as_they_are(doodle, automaps, count):
     assert doodle.map_channels(maps, *doodle.map_classes(maps, [False, False])) == (maps, None)
 
 
+@pytest.mark.parametrize('deviation', [40, 100])
+def test_noise_does_not_merge_superpixels_to_a_few(automaps, faces, deviation):
+    noisy = faces[0][1] + np.random.default_rng(0).normal(0, deviation, faces[0][1].shape)      # (480, 384, 3)
+    assert automaps.superpixels(np.uint8(np.clip(noisy, 0, 255))).max() > automaps.MAP_SEGMENTS / 2
+
+
+def test_a_superpixel_at_all_borders_is_nowhere_far_from_them(automaps):
+    assert automaps.border_ways(np.zeros((4, 4), int), np.ones((1, 2))).tolist() == [[0, 0, 0, 0]]
+
+
 def test_small_parts_that_share_a_superpixel_do_not_wreck_a_map(automaps):
     red, blue, green = (255, 0, 0), (0, 0, 255), (0, 255, 0)
     painted = np.kron(np.uint8([[red, red], [blue, green], [red, red], [red, red]]), np.ones((4, 8, 1), np.uint8))
