@@ -60,9 +60,9 @@ BINS, ROUNDS = 24, 4                                                  # of the c
 LEAST_AREA = 0.005                                                    # share of a picture that a large part must have
 SPECK = 0.0002                                                        # share of a picture that is too small for a piece
 
-# Where each part of a portrait goes if a picture lacks it, in this order; skin is always there.
-UNTO = {EARS: SKIN, BROWS: SKIN, EYES: SKIN, NOSE: SKIN, MOUTH: SKIN, NECK: SKIN, HAIR: SKIN, CLOTHES: BACKGROUND,
-        BACKGROUND: CLOTHES}
+# Where each part of a portrait goes if a picture lacks it, in this order; skin, the last, is always there.
+UNTO = *((part, SKIN) for part in (EARS, BROWS, EYES, NOSE, MOUTH, NECK, HAIR)), (CLOTHES, BACKGROUND), (
+    BACKGROUND, CLOTHES), (CLOTHES, SKIN)
 
 
 # ---- maps of two pictures --------------------------------------------------------------------------------------------
@@ -101,9 +101,9 @@ def automatic_maps(paths, pictures, maps, parts, network):
     if labels is None:
         count = COUNT if parts == 'auto' else parts
         maps = clustered_maps(pictures, maps, count, *network())
-        codes = np.unique(doodle.colour_codes(maps[painted or 0]))
+        codes = np.unique([code for colours in maps for code in np.unique(doodle.colour_codes(colours))])
         names = {int(code): f'part {number}' for number, code in enumerate(codes, 1)}
-        return AutomaticMaps(maps, names, remarks + [f'{len(names)} parts by clustering.'] * (painted is None))
+        return AutomaticMaps(maps, names, remarks + [f'{counted(names)} by clustering.'] * (painted is None))
     if painted is None:
         labels, lines = paired(paths, labels)
         colours = np.uint8([doodle.PARTS[name] for name in NAMES])
@@ -131,6 +131,11 @@ def portraits(paths, pictures, parts):
     return [portrait_parts(picture, those[0].points) for picture, those in zip(pictures, found)], remarks
 
 
+def counted(parts):
+    """How many parts there are, in words."""
+    return '1 part' if len(parts) == 1 else f'{len(parts)} parts'
+
+
 def lacking(label, part):
     """Whether a picture has too little of a part to paint with: of large parts, or of a feature of the face."""
     return (label == part).mean() < (LEAST_AREA if part in MODELLED else doodle.LEAST)
@@ -139,7 +144,7 @@ def lacking(label, part):
 def paired(paths, labels):
     """The same parts in both pictures: what only one has goes to its neighbour. Returns labels, and lines on this."""
     labels, remarks = [label.copy() for label in labels], []
-    for part, neighbour in UNTO.items():
+    for part, neighbour in UNTO:
         without = [path for path, label in zip(paths, labels) if lacking(label, part)]
         if without:
             remarks += [f'`{path}` has no {NAMES[part]}: in both pictures that counts as {NAMES[neighbour]}.'
@@ -163,7 +168,7 @@ def fitted_maps(paths, pictures, maps, painted, labels, network, remarks):
     areas, sums = table.sum(axis=0), table.sum(axis=1, keepdims=True)
     meanings = (table / np.maximum(areas + sums - table, 1)).argmax(axis=1)
     label = labels[other].copy()
-    for part, neighbour in UNTO.items():
+    for part, neighbour in UNTO:
         if not areas[part]:
             label[label == part] = neighbour
     result, nearest = np.zeros(label.shape, int), None
@@ -347,7 +352,7 @@ def shaded(colours):
 def colour_model(picture, head, person):
     """The `MODELLED` parts by their places and their colours, which are learnt from the picture itself.
 
-    In each of six rounds the colours of each part are counted where the part is known, all pixels are judged by place
+    In each of `ROUNDS` rounds the colours of each part are counted where the part is known, all pixels are judged by place
     and colour, and the judgements are smoothed within edges; so in GrabCut [R04], with a guided filter for the cut.
 
     Returns
@@ -885,7 +890,7 @@ def paint_maps(options, pictures, maps, network):
         for path, pixels in written.items():
             doodle.write_picture(pixels, path)
         found = np.unique(doodle.colour_codes(colours))
-        doodle.say(f'  - Painted {len(found)} parts: ' + ', '.join(f'`{path}`' for path in written))
+        doodle.say(f'  - Painted {counted(found)}: ' + ', '.join(f'`{path}`' for path in written))
         doodle.say('    ' + ', '.join(done.names[int(code)] for code in found))
     doodle.say('  - Maps can be mended by hand in a paint program: run again, and they are kept.')
 

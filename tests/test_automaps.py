@@ -65,6 +65,9 @@ def names_of(automaps, labels):
     (dict(background=30), dict(clothes=30), {'background', 'skin'}, ['`a.png` has no clothes: .* as background']),
     (dict(brows=1, eyes=1, hair=9), dict(hair=9), {'hair', 'skin'}, ['`b.png` has no brows: .* as skin',
                                                                     '`b.png` has no eyes: .* as skin']),
+    (dict(hair=9), dict(hair=9, clothes=30, background=30), {'skin', 'hair'},       # a face that fills the picture
+     ['`a.png` has no clothes: .* as background', '`a.png` has no background: .* as clothes',
+      '`a.png` has no clothes: .* as skin']),
     (dict(), dict(), {'skin'}, [])])
 def test_what_one_picture_lacks_goes_to_its_neighbour_in_both(automaps, first, second, left, said):
     pair = [labelled(automaps, **shares) for shares in (first, second)]
@@ -123,6 +126,15 @@ def test_a_number_asks_for_clustering(staged):
     assert staged((1, 1), (), parts=4).remarks == ['2 parts by clustering.']
 
 
+def test_parts_for_which_one_map_is_too_small_have_names(automaps, monkeypatch):
+    maps = [np.uint8([[(255, 0, 0)]]), np.uint8([[(255, 0, 0), (0, 0, 255)]])]
+    for done, names in ((maps, {0xff: 'part 1', 0xff0000: 'part 2'}), (maps[:1] * 2, {0xff0000: 'part 1'})):
+        monkeypatch.setattr(automaps, 'clustered_maps', lambda *arguments, done=done: done)
+        found = automaps.automatic_maps(PATHS, maps, [None, None], 2, lambda: ())
+        assert found.names == names
+        assert found.remarks == [f'{len(names)} part{"s" * (len(names) > 1)} by clustering.']
+
+
 def test_colours_of_a_painted_map_mean_the_parts_that_they_cover(doodle, automaps, staged):
     """Grey is what is background, red what is skin; green, a brow that is painted beside it, is skin, too."""
     given = labelled(automaps, background=30, brows=2, hair=20)
@@ -150,6 +162,14 @@ def test_colours_that_share_a_part_are_told_apart_by_clustering(automaps, staged
     assert done.remarks == ['#00ff00, #00ffff are all clothes: they are told apart by clustering.']
     assert (done.maps[1][25:50] == (0, 255, 0)).all() and (done.maps[1][50:75] == (0, 255, 255)).all()
     assert (done.maps[1][:20] == (0, 0, 255)).all() and (done.maps[1][80:] == (255, 0, 0)).all()
+
+
+def test_what_a_face_that_fills_its_picture_lacks_has_the_colour_of_skin(automaps, staged):
+    colours = np.full((100, 100, 3), (255, 0, 0), np.uint8)
+    colours[:20] = 0, 0, 255
+    other = labelled(automaps, hair=20, background=40, clothes=30)
+    done = staged((1, 1), (labelled(automaps, hair=20), other), (colours, None))
+    assert (done.maps[1][:20] == (0, 0, 255)).all() and (done.maps[1][20:] == (255, 0, 0)).all()
 
 
 def test_a_colour_without_counterpart_is_named(automaps, staged):
