@@ -352,7 +352,7 @@ def shaded(colours):
 def colour_model(picture, head, person):
     """The `MODELLED` parts by their places and their colours, which are learnt from the picture itself.
 
-    In each of `ROUNDS` rounds the colours of each part are counted where the part is known, all pixels are judged by place
+    In each of a few rounds the colours of each part are counted where the part is known, all pixels are judged by place
     and colour, and the judgements are smoothed within edges; so in GrabCut [R04], with a guided filter for the cut.
 
     Returns
@@ -852,14 +852,20 @@ def name_box(box, place, size, small, taken):
 
 def missing_maps(options):
     """The paths of the maps to paint; UserError if they cannot be painted."""
-    if not options.content or not options.semantic_weight or not options.semantic_ext.lower().endswith('.png'):
-        raise doodle.UserError('--auto-maps needs a content picture, maps that are read, and maps that end in .png.',
-                        'add --content, leave out --semantic-weight=0 or --method, or let --semantic-ext end in .png')
+    for wrong, needed, fix in (
+            (not options.content, 'a content picture', 'add --content, or leave --auto-maps out'),
+            (not options.semantic_weight, 'maps that are read', 'leave out --semantic-weight=0 or --method'),
+            (not options.semantic_ext.lower().endswith('.png'), 'maps that end in .png', '--semantic-ext=_sem.png')):
+        if wrong:
+            raise doodle.UserError(f'--auto-maps needs {needed}.', fix)
     paths = doodle.map_paths(options)
-    if paths[0] == paths[1]:
-        raise doodle.UserError(f'{options.content!r} and {options.style!r} would have one map.', 'rename one of them')
     missing = [path for path in paths if not doodle.is_there(path)]
+    if paths[0] == paths[1] or len(set(map(os.path.realpath, missing))) < len(missing):
+        raise doodle.UserError(f'{options.content!r} and {options.style!r} would have one map.',
+                               'rename one of them, or a copy of it')
     for path in missing:
+        if os.path.islink(path):
+            raise doodle.not_there(path)
         doodle.check_folder(os.path.dirname(path) or '.', '--auto-maps', 'give an --output in a folder of your own')
     return missing
 
@@ -886,7 +892,7 @@ def paint_maps(options, pictures, maps, network):
         if os.path.dirname(path) != os.path.dirname(target):
             doodle.say(f'  - The folder of `{path}` cannot be written: its map goes beside the output.')
         written = {target: colours, doodle.preview_path(target): preview(picture, colours, done.names)}
-        written = {path: pixels for path, pixels in written.items() if not os.path.exists(path)}
+        written = {path: pixels for path, pixels in written.items() if not os.path.lexists(path)}
         for path, pixels in written.items():
             doodle.write_picture(pixels, path)
         found = np.unique(doodle.colour_codes(colours))
@@ -902,13 +908,16 @@ def parse_options(arguments):
     parser = doodle.Parser(prog='automaps.py', description='Paint the maps of two pictures that are missing.')
     parser.add_argument('content', type=doodle.parse_path, metavar='ME', help='a picture')
     parser.add_argument('style', type=doodle.parse_path, metavar='YOU', help='another, with the same parts')
-    parser.add_argument('--parts', type=doodle.parse_parts, default='auto', metavar='N', dest='auto_maps',
-                        help='number of parts; faces: those of portraits; auto: these if both have a face (default)')
+    parser.add_argument('--parts', '--auto-maps', type=doodle.parse_parts, default='auto', metavar='N',
+                        dest='auto_maps', help='number of parts; faces: those of portraits; auto: these if both have a '
+                        'face (default)')
     for flag, _, kind, default, meaning in sum(doodle.OPTIONS.values(), ()):
         if flag in ('--semantic-ext', '--device', '--network', '--weights'):
             parser.add_argument(flag, type=kind, default=default, metavar=doodle.VALUES[kind],
                                 help=meaning + (f' (default: {default})' if default else ''))
     chosen = parser.parse_args(arguments)
+    if not chosen.auto_maps:
+        raise doodle.UserError('--parts=0 leaves nothing to paint.', 'give a number from 2 to 16, or faces')
     options = doodle.parse_options([f'--content={chosen.content}', f'--style={chosen.style}'])
     vars(options).update(vars(chosen))
     return options
@@ -932,7 +941,7 @@ def run(arguments):
         automaps.paint_maps(options, *known, functools.partial(load_network, options))
     else:
         doodle.say('  - Both maps are there: nothing to paint.')
-    for path in filter(os.path.exists, map(doodle.preview_path, doodle.map_paths(options))):
+    for path in filter(os.path.isfile, map(doodle.preview_path, doodle.map_paths(options))):
         doodle.say(f'  - Preview: `{path}`.')
         if os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY'):
             doodle.decoded(path).show()

@@ -372,13 +372,41 @@ def test_missing_maps_are_written_once(doodle, automaps, run, tmp_path, monkeypa
     (['--style=astronaut.png', '--auto-maps=6'], 'needs a content picture'),
     ([*SMALL, '--semantic-weight=0'], 'maps that are read'),
     ([*SMALL, '--semantic-ext=_sem.jpg'], 'end in .png'),
+    ([*SMALL, '--method=gatys'], 'maps that are read'),
     ([*SMALL[:1], '--content=astronaut.jpg', *SMALL[2:]], 'would have one map'),
+    ([*SMALL[:1], '--content=./astronaut.png', *SMALL[2:]], 'would have one map'),
     ([*SMALL, '--output=hopper_sem_preview.jpg'], 'is one of the inputs'),
 ])
 def test_mistakes_are_refused_before_any_work(refused, tmp_path, arguments, problem):
     copied(tmp_path, *FACES)
     shutil.copy(tmp_path / 'astronaut.png', tmp_path / 'astronaut.jpg')
     assert problem in refused(*arguments)[0]
+
+
+@pytest.mark.parametrize('name, problem', [
+    ('hopper_sem.png', "'hopper_sem.png' is a link to 'gone', which is not there"),
+    ('astronaut_sem.png', "'astronaut_sem.png' is a link to 'gone', which is not there")])
+def test_a_link_whose_map_is_gone_is_told_and_kept(refused, tmp_path, name, problem):
+    copied(tmp_path, *FACES)
+    (tmp_path / name).symlink_to('gone')
+    found, fix = refused(*SMALL)
+    assert problem in found and 'mend the link' in fix
+    assert (tmp_path / name).is_symlink() and set(os.listdir(tmp_path)) == {*FACES, name}
+
+
+def test_what_is_in_the_way_of_a_preview_stays(doodle, automaps, tmp_path, monkeypatch, capsys):
+    copied(tmp_path, *FACES)
+    (tmp_path / 'hopper_sem_preview.jpg').symlink_to('gone')
+    (tmp_path / 'astronaut_sem_preview.jpg').mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('DISPLAY', ':0')
+    blank = np.zeros((480, 384, 3), np.uint8)
+    done = automaps.AutomaticMaps([blank] * 2, {0: 'x'}, [])
+    monkeypatch.setattr(automaps, 'automatic_maps', lambda *arguments: done)
+    assert automaps.run(list(FACES)) == 0
+    assert 'Painted 1 part: `hopper_sem.png`\n' in capsys.readouterr().out
+    assert os.readlink('hopper_sem_preview.jpg') == 'gone' and os.listdir('astronaut_sem_preview.jpg') == []
+    assert not os.path.exists('gone') and os.path.exists('astronaut_sem.png')
 
 
 @pytest.fixture
@@ -533,6 +561,7 @@ def test_the_command_shows_the_previews_where_there_is_a_display(doodle, tmp_pat
 
 @pytest.mark.parametrize('arguments, problem', [
     ([], 'ME, YOU'), (['a.png', 'b.png', '--parts=1'], '--parts'), (['a.png', 'b.png'], "'a.png' is not there"),
+    (['a.png', 'b.png', '--parts=0'], 'nothing to paint'),
     (['a.png', 'a.jpg'], 'would have one map'), (['a.png', 'b.png', '--semantic-ext=.jpg'], 'end in .png'),
     (['a.png', 'b.png', '--max-size=9'], '--max-size')])
 def test_mistakes_at_the_command_are_told_as_by_the_program(tmp_path, arguments, problem):
