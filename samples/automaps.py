@@ -866,7 +866,8 @@ def missing_maps(options):
     for path in missing:
         if os.path.islink(path):
             raise doodle.not_there(path)
-        doodle.check_folder(os.path.dirname(path) or '.', '--auto-maps', 'give an --output in a folder of your own')
+        doodle.check_folder(os.path.dirname(path) or '.', '--auto-maps',
+                            'start it in a folder of your own, or give an --output there')
     return missing
 
 
@@ -882,7 +883,8 @@ def read_known(options):
 
 def paint_maps(options, pictures, maps, network):
     """Paint and write those of the `maps` that are None, each with a preview, and say so; see `automatic_maps`."""
-    paths = options.content, options.style
+    paths, upright = (options.content, options.style), Image.Exif()
+    upright[0x0112] = 1                                                 # whatever the orientation of its picture
     done = automatic_maps(paths, pictures, maps, options.auto_maps, network)
     for line in done.remarks:
         doodle.say(f'  - {line}')
@@ -890,11 +892,11 @@ def paint_maps(options, pictures, maps, network):
         if known is not None:
             continue
         if os.path.dirname(path) != os.path.dirname(target):
-            doodle.say(f'  - The folder of `{path}` cannot be written: its map goes beside the output.')
+            doodle.say(f'  - The folder of `{path}` cannot be written: its map goes to `{target}`.')
         written = {target: colours, doodle.preview_path(target): preview(picture, colours, done.names)}
         written = {path: pixels for path, pixels in written.items() if not os.path.lexists(path)}
         for path, pixels in written.items():
-            doodle.write_picture(pixels, path)
+            doodle.write_picture(pixels, path, exif=upright)
         found = np.unique(doodle.colour_codes(colours))
         doodle.say(f'  - Painted {counted(found)}: ' + ', '.join(f'`{path}`' for path in written))
         doodle.say('    ' + ', '.join(done.names[int(code)] for code in found))

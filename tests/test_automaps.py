@@ -436,11 +436,30 @@ def test_maps_go_beside_the_output_where_the_pictures_cannot_be_written(doodle, 
     monkeypatch.setattr(automaps, 'automatic_maps', lambda *arguments: done)
     automaps.paint_maps(options, [blank] * 2, [None] * 2, None)
     said = capsys.readouterr().out
-    assert all(f'The folder of `theirs/{name}` cannot be written: its map goes beside the output' in said
-               for name in FACES) and all(os.path.exists(path) for path in paths)
+    assert all(f'The folder of `theirs/{name}` cannot be written: its map goes to `{path}`.' in said
+               for name, path in zip(FACES[::-1], paths)) and all(os.path.exists(path) for path in paths)
     assert automaps.missing_maps(options) == []                         # and are found there
     copied(tmp_path / 'theirs', 'hopper_sem.png')                       # unless one lies beside the picture
     assert doodle.map_paths(options) == ['theirs/hopper_sem.png', paths[1]]
+
+
+def test_maps_of_a_photograph_turned_by_exif_lie_as_one_sees_it(doodle, automaps, tmp_path, monkeypatch):
+    exif, seen = doodle.Image.Exif(), []
+    exif[0x0112] = 3
+    for name in FACES:
+        doodle.Image.open(SAMPLES / name).rotate(180).save(tmp_path / name, exif=exif)
+    monkeypatch.chdir(tmp_path)
+    halves = np.uint8([[(255, 0, 0)]] * 240 + [[(0, 0, 255)]] * 240).repeat(384, axis=1)        # (480, 384, 3)
+
+    def painted(paths, pictures, *rest):
+        seen.extend(pictures)
+        return automaps.AutomaticMaps([halves] * 2, {0xff0000: 'a', 0xff: 'b'}, [])
+    monkeypatch.setattr(automaps, 'automatic_maps', painted)
+    assert automaps.run(list(FACES)) == 0
+    for name, picture in zip(FACES, seen):
+        assert (picture == doodle.read_picture(str(SAMPLES / name)).pixels).all()
+    read = doodle.classify_maps([f'{name[:-4]}_sem.png' for name in FACES], list(zip(FACES, seen)))
+    assert (read.maps[0] == halves).all() and read.warnings == []       # that it may not lie as its picture
 
 
 def test_an_output_that_cannot_be_written_either_is_refused(doodle, locked, refused, tmp_path):
