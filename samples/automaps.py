@@ -369,7 +369,7 @@ def colour_model(picture, head, person):
     prior, plain = priors(head, person, is_bald(bins, head)), ~details(head, v.shape)
     middle = .1 + .9 * ramp(v, .12, .3) * (d < -.03)                    # skin is sure here: no fringe, no temples
     above = ramp(d, .03, .16) * (1 - ramp(v, .5, .9))                   # and hair here
-    hanging = ramp(prior[..., 2] / (prior[..., 2] + prior[..., 4] + 1e-6), .1, .4)
+    hanging = ramp(prior[..., 2] / (prior[..., 2] + prior[..., 4] + 1e-6), .1, .4)          # hair rather than clothes
     share, hairy = prior, np.zeros(v.shape)
     for _ in range(ROUNDS):
         known = np.stack([np.ones(v.shape), middle, above, np.ones(v.shape), 1 - hairy])        # (5, H, W)
@@ -521,12 +521,12 @@ def dark_brow(brow, eyes, head, picture):
     Brows differ from the mesh's: thin ones, arched ones, and those behind the rim of glasses. What is thin and dark
     stands out from its closing; a shadow or a fringe does not.
     """
-    h = head.height
-    rows, columns = (slice(max(0, side.min() - int(.1 * h)), side.max() + int(.1 * h))
-                     for side in (np.flatnonzero(brow.any(axis=k)) for k in (1, 0))) if brow.any() else (slice(0),) * 2
-    cut, area = brow[rows, columns], brow.sum()
-    if not area:
+    h, area = head.height, brow.sum()
+    if not area:                                                        # outside the picture
         return brow
+    rows, columns = (slice(max(0, side.min() - int(.1 * h)), side.max() + int(.1 * h))
+                     for side in (np.flatnonzero(brow.any(axis=k)) for k in (1, 0)))
+    cut = brow[rows, columns]
     light = ndimage.gaussian_filter(color.rgb2lab(picture[rows, columns])[..., 0], .006 * h)
     near = (ndimage.distance_transform_edt(~cut) < .03 * h) & (
         ndimage.distance_transform_edt(~eyes[rows, columns]) > .02 * h)
@@ -602,7 +602,7 @@ def border_ways(segments, X):
     a, b = np.unique(np.sort(np.concatenate(pairs, axis=1), axis=0), axis=1)
     a, b = a[a != b], b[a != b]
     steps = np.linalg.norm(X[a] - X[b], axis=1)
-    steps = np.maximum(steps / max(np.median(steps), 1e-12) - 0.7, 1e-3)
+    steps = np.maximum(steps / max(np.median(steps) if steps.size else 0, 1e-12) - 0.7, 1e-3)
     graph = sparse.csr_matrix((steps, (a, b)), shape=(len(X), len(X)))
     borders = segments[0], segments[-1], segments[:, 0], segments[:, -1]
     ways = np.stack([csgraph.dijkstra(graph, directed=False, indices=np.unique(border), min_only=True)
@@ -894,9 +894,9 @@ def paint_maps(options, pictures, maps, network):
         if os.path.dirname(path) != os.path.dirname(target):
             doodle.say(f'  - The folder of `{path}` cannot be written: its map goes to `{target}`.')
         written = {target: colours, doodle.preview_path(target): preview(picture, colours, done.names)}
-        written = {path: pixels for path, pixels in written.items() if not os.path.lexists(path)}
-        for path, pixels in written.items():
-            doodle.write_picture(pixels, path, exif=upright)
+        written = {place: pixels for place, pixels in written.items() if not os.path.lexists(place)}
+        for place, pixels in written.items():
+            doodle.write_picture(pixels, place, exif=upright)
         found = np.unique(doodle.colour_codes(colours))
         doodle.say(f'  - Painted {counted(found)}: ' + ', '.join(f'`{path}`' for path in written))
         doodle.say('    ' + ', '.join(done.names[int(code)] for code in found))
