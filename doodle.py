@@ -3208,9 +3208,9 @@ def find_map(path, extension):
 
 
 def orientation(path):
-    """EXIF orientation of the picture at `path`: 1 upright, 2 .. 8 flipped or turned."""
+    """EXIF orientation of the picture at `path`: 1 upright, 2 .. 8 flipped or turned, None if it does not say."""
     with unheard(), Image.open(path, formats=FORMATS) as file:
-        return file.getexif().get(0x0112, 1)
+        return file.getexif().get(0x0112)
 
 
 def check_map_size(path, image, picture_path, size):
@@ -3224,7 +3224,7 @@ def check_map_size(path, image, picture_path, size):
     size : (width, height)
         Of the picture, upright.
     """
-    turned = orientation(picture_path) if orientation(path) == 1 else 1
+    turned = 1 if orientation(path) else orientation(picture_path) or 1   # a map that says how it lies, lies upright
     (w, h), (width, height) = image.size, size
 
     def fits(w, h):                                                     # up to rounding, or 3 % of the proportions
@@ -3752,10 +3752,10 @@ def sync_folder(folder):
             os.close(descriptor)
 
 
-def write_picture(rgb, path, durable=False):
-    """Write (H, W, 3) uint8 `rgb`, in the format of the ending of `path`."""
+def write_picture(rgb, path, durable=False, **options):
+    """Write (H, W, 3) uint8 `rgb`, in the format of the ending of `path`, with Pillow's `options`."""
     with written_whole(path, durable) as file:
-        Image.fromarray(np.ascontiguousarray(rgb)).save(file, format=image_format(path), quality=95)
+        Image.fromarray(np.ascontiguousarray(rgb)).save(file, format=image_format(path), quality=95, **options)
 
 
 def claim_frames(folder):

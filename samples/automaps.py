@@ -60,9 +60,9 @@ BINS, ROUNDS = 24, 4                                                  # of the c
 LEAST_AREA = 0.005                                                    # share of a picture that a large part must have
 SPECK = 0.0002                                                        # share of a picture that is too small for a piece
 
-# Where each part of a portrait goes if a picture lacks it, in this order; skin is always there.
-UNTO = {EARS: SKIN, BROWS: SKIN, EYES: SKIN, NOSE: SKIN, MOUTH: SKIN, NECK: SKIN, HAIR: SKIN, CLOTHES: BACKGROUND,
-        BACKGROUND: CLOTHES}
+# Where each part of a portrait goes if a picture lacks it, in this order; skin, the last, is always there.
+UNTO = *((part, SKIN) for part in (EARS, BROWS, EYES, NOSE, MOUTH, NECK, HAIR)), (CLOTHES, BACKGROUND), (
+    BACKGROUND, CLOTHES), (CLOTHES, SKIN)
 
 
 # ---- maps of two pictures --------------------------------------------------------------------------------------------
@@ -101,9 +101,9 @@ def automatic_maps(paths, pictures, maps, parts, network):
     if labels is None:
         count = COUNT if parts == 'auto' else parts
         maps = clustered_maps(pictures, maps, count, *network())
-        codes = np.unique(doodle.colour_codes(maps[painted or 0]))
+        codes = np.unique([code for colours in maps for code in np.unique(doodle.colour_codes(colours))])
         names = {int(code): f'part {number}' for number, code in enumerate(codes, 1)}
-        return AutomaticMaps(maps, names, remarks + [f'{len(names)} parts by clustering.'] * (painted is None))
+        return AutomaticMaps(maps, names, remarks + [f'{counted(names)} by clustering.'] * (painted is None))
     if painted is None:
         labels, lines = paired(paths, labels)
         colours = np.uint8([doodle.PARTS[name] for name in NAMES])
@@ -131,6 +131,11 @@ def portraits(paths, pictures, parts):
     return [portrait_parts(picture, those[0].points) for picture, those in zip(pictures, found)], remarks
 
 
+def counted(parts):
+    """How many parts there are, in words."""
+    return '1 part' if len(parts) == 1 else f'{len(parts)} parts'
+
+
 def lacking(label, part):
     """Whether a picture has too little of a part to paint with: of large parts, or of a feature of the face."""
     return (label == part).mean() < (LEAST_AREA if part in MODELLED else doodle.LEAST)
@@ -139,7 +144,7 @@ def lacking(label, part):
 def paired(paths, labels):
     """The same parts in both pictures: what only one has goes to its neighbour. Returns labels, and lines on this."""
     labels, remarks = [label.copy() for label in labels], []
-    for part, neighbour in UNTO.items():
+    for part, neighbour in UNTO:
         without = [path for path, label in zip(paths, labels) if lacking(label, part)]
         if without:
             remarks += [f'`{path}` has no {NAMES[part]}: in both pictures that counts as {NAMES[neighbour]}.'
@@ -163,7 +168,7 @@ def fitted_maps(paths, pictures, maps, painted, labels, network, remarks):
     areas, sums = table.sum(axis=0), table.sum(axis=1, keepdims=True)
     meanings = (table / np.maximum(areas + sums - table, 1)).argmax(axis=1)
     label = labels[other].copy()
-    for part, neighbour in UNTO.items():
+    for part, neighbour in UNTO:
         if not areas[part]:
             label[label == part] = neighbour
     result, nearest = np.zeros(label.shape, int), None
@@ -347,7 +352,7 @@ def shaded(colours):
 def colour_model(picture, head, person):
     """The `MODELLED` parts by their places and their colours, which are learnt from the picture itself.
 
-    In each of six rounds the colours of each part are counted where the part is known, all pixels are judged by place
+    In each of a few rounds the colours of each part are counted where the part is known, all pixels are judged by place
     and colour, and the judgements are smoothed within edges; so in GrabCut [R04], with a guided filter for the cut.
 
     Returns
@@ -364,7 +369,7 @@ def colour_model(picture, head, person):
     prior, plain = priors(head, person, is_bald(bins, head)), ~details(head, v.shape)
     middle = .1 + .9 * ramp(v, .12, .3) * (d < -.03)                    # skin is sure here: no fringe, no temples
     above = ramp(d, .03, .16) * (1 - ramp(v, .5, .9))                   # and hair here
-    hanging = ramp(prior[..., 2] / (prior[..., 2] + prior[..., 4] + 1e-6), .1, .4)
+    hanging = ramp(prior[..., 2] / (prior[..., 2] + prior[..., 4] + 1e-6), .1, .4)          # hair rather than clothes
     share, hairy = prior, np.zeros(v.shape)
     for _ in range(ROUNDS):
         known = np.stack([np.ones(v.shape), middle, above, np.ones(v.shape), 1 - hairy])        # (5, H, W)
@@ -516,12 +521,12 @@ def dark_brow(brow, eyes, head, picture):
     Brows differ from the mesh's: thin ones, arched ones, and those behind the rim of glasses. What is thin and dark
     stands out from its closing; a shadow or a fringe does not.
     """
-    h = head.height
-    rows, columns = (slice(max(0, side.min() - int(.1 * h)), side.max() + int(.1 * h))
-                     for side in (np.flatnonzero(brow.any(axis=k)) for k in (1, 0))) if brow.any() else (slice(0),) * 2
-    cut, area = brow[rows, columns], brow.sum()
-    if not area:
+    h, area = head.height, brow.sum()
+    if not area:                                                        # outside the picture
         return brow
+    rows, columns = (slice(max(0, side.min() - int(.1 * h)), side.max() + int(.1 * h))
+                     for side in (np.flatnonzero(brow.any(axis=k)) for k in (1, 0)))
+    cut = brow[rows, columns]
     light = ndimage.gaussian_filter(color.rgb2lab(picture[rows, columns])[..., 0], .006 * h)
     near = (ndimage.distance_transform_edt(~cut) < .03 * h) & (
         ndimage.distance_transform_edt(~eyes[rows, columns]) > .02 * h)
@@ -561,6 +566,18 @@ def scaled(X):
     return X / max(np.sqrt((X ** 2).sum(axis=1).mean()), 1e-12)
 
 
+def superpixels(picture):
+    """About `MAP_SEGMENTS` superpixels of a picture (H, W, 3) uint8, by SLIC [A12]: their numbers (H, W), from 0.
+
+    Noise tears superpixels to specks, which SLIC merges to a few huge ones: a noisy picture is smoothed more.
+    """
+    for sigma in 0.5, 1, 2:
+        cut = segmentation.slic(picture, n_segments=MAP_SEGMENTS, compactness=10, sigma=sigma, start_label=0)
+        if cut.max() >= MAP_SEGMENTS / 2:
+            break
+    return cut
+
+
 def segment_means(segments, values):
     """Means of `values` (h, w, C), brought to the size of `segments` (H, W), over each of the segments, (n, C)."""
     count, segments = segments.max() + 1, segments[::2, ::2]            # every other pixel is enough
@@ -585,16 +602,17 @@ def border_ways(segments, X):
     a, b = np.unique(np.sort(np.concatenate(pairs, axis=1), axis=0), axis=1)
     a, b = a[a != b], b[a != b]
     steps = np.linalg.norm(X[a] - X[b], axis=1)
-    steps = np.maximum(steps / max(np.median(steps), 1e-12) - 0.7, 1e-3)
+    steps = np.maximum(steps / max(np.median(steps) if steps.size else 0, 1e-12) - 0.7, 1e-3)
     graph = sparse.csr_matrix((steps, (a, b)), shape=(len(X), len(X)))
     borders = segments[0], segments[-1], segments[:, 0], segments[:, -1]
     ways = np.stack([csgraph.dijkstra(graph, directed=False, indices=np.unique(border), min_only=True)
                      for border in borders], axis=1)
-    return ways / ways.mean()
+    return ways / max(ways.mean(), 1e-12)                               # 0 where each superpixel is at each border
 
 
 def describe(pictures, weights, fast):
     """Cut both pictures into superpixels, and compute the descriptor of each.
+
     Parameters
     ----------
     pictures : list of two (H, W, 3) uint8 arrays
@@ -605,7 +623,7 @@ def describe(pictures, weights, fast):
     Returns
     -------
     segments : list of two (h, w) int arrays
-        Superpixels by SLIC [A12]; the numbers of the second picture follow those of the first.
+        As from `superpixels`; the numbers of the second picture follow those of the first.
     X : (n, d) array
         Descriptors, of all that `MAP_WEIGHTS` names.
     f : (n, e) array
@@ -619,7 +637,7 @@ def describe(pictures, weights, fast):
     for picture in pictures:
         scale = MAP_SIDE / max(picture.shape)
         small = doodle.resized(picture, [max(16, round(side * scale)) for side in picture.shape[1::-1]], Image.LANCZOS)
-        cut = segmentation.slic(small, n_segments=MAP_SEGMENTS, compactness=10, sigma=0.5, start_label=0)
+        cut = superpixels(small)
         height = np.linspace(-1, 1, len(cut))[:, None, None].repeat(cut.shape[1], axis=1)
         lab = segment_means(cut, color.rgb2lab(small))
         layers = [segment_means(cut, f / np.maximum(np.linalg.norm(f, axis=2, keepdims=True), 1e-6))
@@ -834,15 +852,22 @@ def name_box(box, place, size, small, taken):
 
 def missing_maps(options):
     """The paths of the maps to paint; UserError if they cannot be painted."""
-    if not options.content or not options.semantic_weight or not options.semantic_ext.lower().endswith('.png'):
-        raise doodle.UserError('--auto-maps needs a content picture, maps that are read, and maps that end in .png.',
-                        'add --content, leave out --semantic-weight=0 or --method, or let --semantic-ext end in .png')
+    for wrong, needed, fix in (
+            (not options.content, 'a content picture', 'add --content, or leave --auto-maps out'),
+            (not options.semantic_weight, 'maps that are read', 'leave out --semantic-weight=0 or --method'),
+            (not options.semantic_ext.lower().endswith('.png'), 'maps that end in .png', '--semantic-ext=_sem.png')):
+        if wrong:
+            raise doodle.UserError(f'--auto-maps needs {needed}.', fix)
     paths = doodle.map_paths(options)
-    if paths[0] == paths[1]:
-        raise doodle.UserError(f'{options.content!r} and {options.style!r} would have one map.', 'rename one of them')
     missing = [path for path in paths if not doodle.is_there(path)]
+    if paths[0] == paths[1] or len(set(map(os.path.realpath, missing))) < len(missing):
+        raise doodle.UserError(f'{options.content!r} and {options.style!r} would have one map.',
+                               'rename one of them, or a copy of it')
     for path in missing:
-        doodle.check_folder(os.path.dirname(path) or '.', '--auto-maps', 'give an --output in a folder of your own')
+        if os.path.islink(path):
+            raise doodle.not_there(path)
+        doodle.check_folder(os.path.dirname(path) or '.', '--auto-maps',
+                            'start it in a folder of your own, or give an --output there')
     return missing
 
 
@@ -858,7 +883,8 @@ def read_known(options):
 
 def paint_maps(options, pictures, maps, network):
     """Paint and write those of the `maps` that are None, each with a preview, and say so; see `automatic_maps`."""
-    paths = options.content, options.style
+    paths, upright = (options.content, options.style), Image.Exif()
+    upright[0x0112] = 1                                                 # whatever the orientation of its picture
     done = automatic_maps(paths, pictures, maps, options.auto_maps, network)
     for line in done.remarks:
         doodle.say(f'  - {line}')
@@ -866,13 +892,13 @@ def paint_maps(options, pictures, maps, network):
         if known is not None:
             continue
         if os.path.dirname(path) != os.path.dirname(target):
-            doodle.say(f'  - The folder of `{path}` cannot be written: its map goes beside the output.')
+            doodle.say(f'  - The folder of `{path}` cannot be written: its map goes to `{target}`.')
         written = {target: colours, doodle.preview_path(target): preview(picture, colours, done.names)}
-        written = {path: pixels for path, pixels in written.items() if not os.path.exists(path)}
-        for path, pixels in written.items():
-            doodle.write_picture(pixels, path)
+        written = {place: pixels for place, pixels in written.items() if not os.path.lexists(place)}
+        for place, pixels in written.items():
+            doodle.write_picture(pixels, place, exif=upright)
         found = np.unique(doodle.colour_codes(colours))
-        doodle.say(f'  - Painted {len(found)} parts: ' + ', '.join(f'`{path}`' for path in written))
+        doodle.say(f'  - Painted {counted(found)}: ' + ', '.join(f'`{path}`' for path in written))
         doodle.say('    ' + ', '.join(done.names[int(code)] for code in found))
     doodle.say('  - Maps can be mended by hand in a paint program: run again, and they are kept.')
 
@@ -884,13 +910,16 @@ def parse_options(arguments):
     parser = doodle.Parser(prog='automaps.py', description='Paint the maps of two pictures that are missing.')
     parser.add_argument('content', type=doodle.parse_path, metavar='ME', help='a picture')
     parser.add_argument('style', type=doodle.parse_path, metavar='YOU', help='another, with the same parts')
-    parser.add_argument('--parts', type=doodle.parse_parts, default='auto', metavar='N', dest='auto_maps',
-                        help='number of parts; faces: those of portraits; auto: these if both have a face (default)')
+    parser.add_argument('--parts', '--auto-maps', type=doodle.parse_parts, default='auto', metavar='N',
+                        dest='auto_maps', help='number of parts; faces: those of portraits; auto: these if both have a '
+                        'face (default)')
     for flag, _, kind, default, meaning in sum(doodle.OPTIONS.values(), ()):
         if flag in ('--semantic-ext', '--device', '--network', '--weights'):
             parser.add_argument(flag, type=kind, default=default, metavar=doodle.VALUES[kind],
                                 help=meaning + (f' (default: {default})' if default else ''))
     chosen = parser.parse_args(arguments)
+    if not chosen.auto_maps:
+        raise doodle.UserError('--parts=0 leaves nothing to paint.', 'give a number from 2 to 16, or faces')
     options = doodle.parse_options([f'--content={chosen.content}', f'--style={chosen.style}'])
     vars(options).update(vars(chosen))
     return options
@@ -914,7 +943,7 @@ def run(arguments):
         automaps.paint_maps(options, *known, functools.partial(load_network, options))
     else:
         doodle.say('  - Both maps are there: nothing to paint.')
-    for path in filter(os.path.exists, map(doodle.preview_path, doodle.map_paths(options))):
+    for path in filter(os.path.isfile, map(doodle.preview_path, doodle.map_paths(options))):
         doodle.say(f'  - Preview: `{path}`.')
         if os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY'):
             doodle.decoded(path).show()

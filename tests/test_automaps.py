@@ -65,6 +65,9 @@ def names_of(automaps, labels):
     (dict(background=30), dict(clothes=30), {'background', 'skin'}, ['`a.png` has no clothes: .* as background']),
     (dict(brows=1, eyes=1, hair=9), dict(hair=9), {'hair', 'skin'}, ['`b.png` has no brows: .* as skin',
                                                                     '`b.png` has no eyes: .* as skin']),
+    (dict(hair=9), dict(hair=9, clothes=30, background=30), {'skin', 'hair'},       # a face that fills the picture
+     ['`a.png` has no clothes: .* as background', '`a.png` has no background: .* as clothes',
+      '`a.png` has no clothes: .* as skin']),
     (dict(), dict(), {'skin'}, [])])
 def test_what_one_picture_lacks_goes_to_its_neighbour_in_both(automaps, first, second, left, said):
     pair = [labelled(automaps, **shares) for shares in (first, second)]
@@ -123,6 +126,15 @@ def test_a_number_asks_for_clustering(staged):
     assert staged((1, 1), (), parts=4).remarks == ['2 parts by clustering.']
 
 
+def test_parts_for_which_one_map_is_too_small_have_names(automaps, monkeypatch):
+    maps = [np.uint8([[(255, 0, 0)]]), np.uint8([[(255, 0, 0), (0, 0, 255)]])]
+    for done, names in ((maps, {0xff: 'part 1', 0xff0000: 'part 2'}), (maps[:1] * 2, {0xff0000: 'part 1'})):
+        monkeypatch.setattr(automaps, 'clustered_maps', lambda *arguments, done=done: done)
+        found = automaps.automatic_maps(PATHS, maps, [None, None], 2, lambda: ())
+        assert found.names == names
+        assert found.remarks == [f'{len(names)} part{"s" * (len(names) > 1)} by clustering.']
+
+
 def test_colours_of_a_painted_map_mean_the_parts_that_they_cover(doodle, automaps, staged):
     """Grey is what is background, red what is skin; green, a brow that is painted beside it, is skin, too."""
     given = labelled(automaps, background=30, brows=2, hair=20)
@@ -150,6 +162,14 @@ def test_colours_that_share_a_part_are_told_apart_by_clustering(automaps, staged
     assert done.remarks == ['#00ff00, #00ffff are all clothes: they are told apart by clustering.']
     assert (done.maps[1][25:50] == (0, 255, 0)).all() and (done.maps[1][50:75] == (0, 255, 255)).all()
     assert (done.maps[1][:20] == (0, 0, 255)).all() and (done.maps[1][80:] == (255, 0, 0)).all()
+
+
+def test_what_a_face_that_fills_its_picture_lacks_has_the_colour_of_skin(automaps, staged):
+    colours = np.full((100, 100, 3), (255, 0, 0), np.uint8)
+    colours[:20] = 0, 0, 255
+    other = labelled(automaps, hair=20, background=40, clothes=30)
+    done = staged((1, 1), (labelled(automaps, hair=20), other), (colours, None))
+    assert (done.maps[1][:20] == (0, 0, 255)).all() and (done.maps[1][20:] == (255, 0, 0)).all()
 
 
 def test_a_colour_without_counterpart_is_named(automaps, staged):
@@ -278,6 +298,16 @@ def test_colours_serve_as_they_are(doodle, automaps, count):
     assert doodle.map_channels(maps, *doodle.map_classes(maps, [False, False])) == (maps, None)
 
 
+@pytest.mark.parametrize('deviation', [40, 100])
+def test_noise_does_not_merge_superpixels_to_a_few(automaps, faces, deviation):
+    noisy = faces[0][1] + np.random.default_rng(0).normal(0, deviation, faces[0][1].shape)      # (480, 384, 3)
+    assert automaps.superpixels(np.uint8(np.clip(noisy, 0, 255))).max() > automaps.MAP_SEGMENTS / 2
+
+
+def test_a_superpixel_at_all_borders_is_nowhere_far_from_them(automaps):
+    assert automaps.border_ways(np.zeros((4, 4), int), np.ones((1, 2))).tolist() == [[0, 0, 0, 0]]
+
+
 def test_small_parts_that_share_a_superpixel_do_not_wreck_a_map(automaps):
     red, blue, green = (255, 0, 0), (0, 0, 255), (0, 255, 0)
     painted = np.kron(np.uint8([[red, red], [blue, green], [red, red], [red, red]]), np.ones((4, 8, 1), np.uint8))
@@ -342,13 +372,41 @@ def test_missing_maps_are_written_once(doodle, automaps, run, tmp_path, monkeypa
     (['--style=astronaut.png', '--auto-maps=6'], 'needs a content picture'),
     ([*SMALL, '--semantic-weight=0'], 'maps that are read'),
     ([*SMALL, '--semantic-ext=_sem.jpg'], 'end in .png'),
+    ([*SMALL, '--method=gatys'], 'maps that are read'),
     ([*SMALL[:1], '--content=astronaut.jpg', *SMALL[2:]], 'would have one map'),
+    ([*SMALL[:1], '--content=./astronaut.png', *SMALL[2:]], 'would have one map'),
     ([*SMALL, '--output=hopper_sem_preview.jpg'], 'is one of the inputs'),
 ])
 def test_mistakes_are_refused_before_any_work(refused, tmp_path, arguments, problem):
     copied(tmp_path, *FACES)
     shutil.copy(tmp_path / 'astronaut.png', tmp_path / 'astronaut.jpg')
     assert problem in refused(*arguments)[0]
+
+
+@pytest.mark.parametrize('name, problem', [
+    ('hopper_sem.png', "'hopper_sem.png' is a link to 'gone', which is not there"),
+    ('astronaut_sem.png', "'astronaut_sem.png' is a link to 'gone', which is not there")])
+def test_a_link_whose_map_is_gone_is_told_and_kept(refused, tmp_path, name, problem):
+    copied(tmp_path, *FACES)
+    (tmp_path / name).symlink_to('gone')
+    found, fix = refused(*SMALL)
+    assert problem in found and 'mend the link' in fix
+    assert (tmp_path / name).is_symlink() and set(os.listdir(tmp_path)) == {*FACES, name}
+
+
+def test_what_is_in_the_way_of_a_preview_stays(doodle, automaps, tmp_path, monkeypatch, capsys):
+    copied(tmp_path, *FACES)
+    (tmp_path / 'hopper_sem_preview.jpg').symlink_to('gone')
+    (tmp_path / 'astronaut_sem_preview.jpg').mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('DISPLAY', ':0')
+    blank = np.zeros((480, 384, 3), np.uint8)
+    done = automaps.AutomaticMaps([blank] * 2, {0: 'x'}, [])
+    monkeypatch.setattr(automaps, 'automatic_maps', lambda *arguments: done)
+    assert automaps.run(list(FACES)) == 0
+    assert 'Painted 1 part: `hopper_sem.png`\n' in capsys.readouterr().out
+    assert os.readlink('hopper_sem_preview.jpg') == 'gone' and os.listdir('astronaut_sem_preview.jpg') == []
+    assert not os.path.exists('gone') and os.path.exists('astronaut_sem.png')
 
 
 @pytest.fixture
@@ -378,11 +436,30 @@ def test_maps_go_beside_the_output_where_the_pictures_cannot_be_written(doodle, 
     monkeypatch.setattr(automaps, 'automatic_maps', lambda *arguments: done)
     automaps.paint_maps(options, [blank] * 2, [None] * 2, None)
     said = capsys.readouterr().out
-    assert all(f'The folder of `theirs/{name}` cannot be written: its map goes beside the output' in said
-               for name in FACES) and all(os.path.exists(path) for path in paths)
+    assert all(f'The folder of `theirs/{name}` cannot be written: its map goes to `{path}`.' in said
+               for name, path in zip(FACES[::-1], paths)) and all(os.path.exists(path) for path in paths)
     assert automaps.missing_maps(options) == []                         # and are found there
     copied(tmp_path / 'theirs', 'hopper_sem.png')                       # unless one lies beside the picture
     assert doodle.map_paths(options) == ['theirs/hopper_sem.png', paths[1]]
+
+
+def test_maps_of_a_photograph_turned_by_exif_lie_as_one_sees_it(doodle, automaps, tmp_path, monkeypatch):
+    exif, seen = doodle.Image.Exif(), []
+    exif[0x0112] = 3
+    for name in FACES:
+        doodle.Image.open(SAMPLES / name).rotate(180).save(tmp_path / name, exif=exif)
+    monkeypatch.chdir(tmp_path)
+    halves = np.uint8([[(255, 0, 0)]] * 240 + [[(0, 0, 255)]] * 240).repeat(384, axis=1)        # (480, 384, 3)
+
+    def painted(paths, pictures, *rest):
+        seen.extend(pictures)
+        return automaps.AutomaticMaps([halves] * 2, {0xff0000: 'a', 0xff: 'b'}, [])
+    monkeypatch.setattr(automaps, 'automatic_maps', painted)
+    assert automaps.run(list(FACES)) == 0
+    for name, picture in zip(FACES, seen):
+        assert (picture == doodle.read_picture(str(SAMPLES / name)).pixels).all()
+    read = doodle.classify_maps([f'{name[:-4]}_sem.png' for name in FACES], list(zip(FACES, seen)))
+    assert (read.maps[0] == halves).all() and read.warnings == []       # that it may not lie as its picture
 
 
 def test_an_output_that_cannot_be_written_either_is_refused(doodle, locked, refused, tmp_path):
@@ -503,6 +580,7 @@ def test_the_command_shows_the_previews_where_there_is_a_display(doodle, tmp_pat
 
 @pytest.mark.parametrize('arguments, problem', [
     ([], 'ME, YOU'), (['a.png', 'b.png', '--parts=1'], '--parts'), (['a.png', 'b.png'], "'a.png' is not there"),
+    (['a.png', 'b.png', '--parts=0'], 'nothing to paint'),
     (['a.png', 'a.jpg'], 'would have one map'), (['a.png', 'b.png', '--semantic-ext=.jpg'], 'end in .png'),
     (['a.png', 'b.png', '--max-size=9'], '--max-size')])
 def test_mistakes_at_the_command_are_told_as_by_the_program(tmp_path, arguments, problem):
