@@ -1304,12 +1304,12 @@ def run(arguments):
     import_pillow()
     say(bold('Neural Doodle') + ' for semantic style transfer.')
     places = place_output(options)
-    remarks = check_files(options, places)
-    inputs, lines = read_pictures(options)
+    check_files(options, places)
+    inputs, remarks = read_pictures(options)
     with contextlib.ExitStack() as locks:
         for path in () if options.check else filter(None, (places.copy or places.output, options.log)):
             remarks += locks.enter_context(locked(path))
-        return run_alone(options, places, inputs, remarks + lines)
+        return run_alone(options, places, inputs, remarks)
 
 
 def run_alone(options, places, inputs, remarks):
@@ -3483,36 +3483,13 @@ def kept(places):
 
 
 def check_files(options, places):
-    """Refuse outputs that cannot be written or overwrite inputs; returns warnings of those lost with the container."""
+    """Refuse outputs that cannot be written or overwrite inputs."""
     maps = map_paths(options)
     read = [options.content, options.style, options.weights, *maps, __file__, cached_vgg19(), ORIGINAL,
             *map(beside, ('vgg16.npz', ORIGINAL, 'samples/automaps.py', 'samples/faces.py', 'samples/faces.npz'))]
     read += [] if options.seed in ('noise', 'content') else [options.seed]
     read += map(preview_path, maps) if options.auto_maps else []
-    remarks = check_kept(options, places)
     check_written(options, places, read)
-    return remarks
-
-
-# On the host: a volume without a name, which goes with its container if that is run with --rm, and one of a pod.
-FLEETING = r'/volumes/[0-9a-f]{64}/_data(/|$)|/volumes/kubernetes\.io~empty-dir/'
-
-
-def check_kept(options, places):
-    """Refuse a result that would be lost with the container, where something is mounted; returns warnings."""
-    output, mount = places.copy or places.output, '-v "$PWD:/data"'
-    paths = {'--output': output, '--frames': options.frames if options.save_every else None, '--log': options.log}
-    lost = {flag: path for flag, path in paths.items() if path and not is_special(path) and
-            not (is_kept(path) if flag == '--output' else mounts() is None or mount_of(path))}
-    if '--output' in lost and keeping() and not (options.check or os.environ.get('DOODLE_UNMOUNTED')):
-        fix = f'add {mount}, or to fetch it by docker cp, -e DOODLE_UNMOUNTED=1'
-        raise UserError(f'The result would be lost with the container: it can be written to nothing that is mounted, '
-                        f'{mounted()}.', fix if all(map(is_read_only, keeping())) else allowing(fix))
-    remarks = [f'{flag} {path!r} is on no mounted folder that can be written, and is lost with the container. '
-               f'FIX: {mount}, or another {flag}' for flag, path in lost.items()]
-    if re.search(FLEETING, keeping().get(mount_of(output), '')):
-        remarks.append(f'{mount_of(output)} is a volume without a name, which may go with the container. FIX: {mount}')
-    return [bold(f'WARNING: {remark}.') for remark in remarks]
 
 
 def check_written(options, places, read):
@@ -3538,7 +3515,7 @@ def check_written(options, places, read):
     image_format(places.output)
     folders = [(flag, os.path.dirname(given_target(path)) or '.') for flag, path in outputs if not is_special(path)]
     for flag, folder in folders + [('--frames', path) for path in frames]:
-        if not options.check or mounts() is None:                       # in a container `check_kept` has warned
+        if not options.check or mounts() is None:                       # a container's start has warned
             check_folder(folder, flag, f'choose another {flag}')
 
 

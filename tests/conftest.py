@@ -1,5 +1,6 @@
 """What the tests share: the program as a module, as a process, and as it answers mistakes."""
-import importlib
+import importlib.machinery
+import importlib.util
 import os
 import re
 import signal
@@ -56,6 +57,14 @@ def minimised(minimiser, evaluate, evaluations):
     return minimiser
 
 
+def module(name):
+    """A program of .docker, which has no ending."""
+    loader = importlib.machinery.SourceFileLoader(name, str(ROOT / '.docker' / name))
+    found = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(found)
+    return found
+
+
 @pytest.fixture(scope='session')
 def doodle():
     """The program's functions, with NumPy, Pillow and Theano imported."""
@@ -96,3 +105,18 @@ def refused(capsys, tmp_path, monkeypatch, handlers):
         problem, fix = re.fullmatch(r'ERROR: (.+)\n  FIX: (.+)\n', capsys.readouterr().err).groups()    # no third line
         return problem, fix
     return refused
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path, doodle):
+    """The start, with its cache in tmp_path, and the environment put back at the end."""
+    monkeypatch.setattr(sys, 'dont_write_bytecode', True)
+    start = module('start')
+    monkeypatch.setattr(start, 'CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(doodle, 'SAMPLE', doodle.SAMPLE)
+    monkeypatch.setattr(sys, 'argv', ['start'])
+    for name in ('DOODLE_CONTAINER', 'DOODLE_OFFLINE', 'DOODLE_DEVICE', 'HOME', 'TMPDIR', 'XDG_CACHE_HOME',
+                 'THEANO_FLAGS'):
+        monkeypatch.setenv(name, '')                                    # so that it is put back
+        monkeypatch.delenv(name)
+    return start

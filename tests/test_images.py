@@ -883,15 +883,6 @@ def test_output_log_and_frames_are_not_each_other(refused, pictures, arguments):
     assert '--frames' in refused(*FACES, '--output=a.png', *arguments)[0]
 
 
-def test_a_log_that_would_be_lost_with_a_container_is_told(pictures, monkeypatch):
-    options = doodle.parse_options(['--style=face_style.png', '--content=face_content.png', '--log=log'])
-    for mounted, lost in (({os.getcwd(): '/'}, []), ({'/': None}, ['--output', '--frames', '--log']), (None, [])):
-        monkeypatch.setattr(doodle, 'mounts', lambda: mounted)
-        warnings = [line.split()[1] for line in doodle.check_files(options, doodle.place_output(options))
-                    if 'lost with the container' in line]
-        assert warnings == lost
-
-
 def test_the_map_of_a_doodle_stays_where_it_is_when_the_output_finds_another_place(pictures, monkeypatch):
     os.mkdir('frames')                                                  # all that can be written in a container
     frames = os.path.abspath('frames')

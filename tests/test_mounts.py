@@ -1,4 +1,5 @@
 """What the program takes for kept in a container, by the lines of its /proc/self/mountinfo, and what it says of it."""
+import contextlib
 import os
 import re
 import sys
@@ -81,7 +82,7 @@ def test_outside_of_a_container_all_is_kept(monkeypatch):
 # ---- what is said and done -------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def placed(tmp_path, monkeypatch):
+def placed(tmp_path, monkeypatch, start):
     """placed({'samples': 'ro', 'out': 'rw'}, options): places, frames and remarks of a run with these mounts."""
     doodle.import_pillow()
 
@@ -97,8 +98,10 @@ def placed(tmp_path, monkeypatch):
         monkeypatch.setattr(os, 'access', lambda path, mode: mode != os.W_OK or os.path.abspath(path) not in closed)
         monkeypatch.setattr(os, 'statvfs', lambda path: SimpleNamespace(f_flag=os.ST_RDONLY if path in closed else 0))
         options = doodle.parse_options(['--style=style.png', *arguments])
+        remarks = start.check_kept(options)
         places = doodle.place_output(options)
-        return places, options.frames, doodle.check_files(options, places)
+        doodle.check_files(options, places)
+        return places, options.frames, remarks
     return placed
 
 
@@ -115,10 +118,20 @@ def test_a_result_that_would_be_lost_is_refused_before_it_is_computed(placed, tm
         assert 'is lost with the container' in placed(modes)[2][0]
 
 
+def test_a_single_file_that_is_mounted_keeps_no_result(start, container, monkeypatch):
+    container(KEPT[9][0], '1172 1075 254:1 /home/me/me.jpg /nd/resolv.conf rw - ext4 /dev/vda1 rw')
+    monkeypatch.chdir('/')
+    for content, refused in ('/nd/resolv.conf', True), ('samples/hopper.png', False):
+        options = [f'--content={content}', '--style=samples/astronaut.png']
+        with pytest.raises(doodle.UserError, match='no folder is mounted') if refused else contextlib.nullcontext():
+            assert len(start.check_kept(doodle.parse_options(options))) == 2
+        assert len(start.check_kept(doodle.parse_options([*options, '--check']))) == 2
+
+
 def test_a_demo_without_mounts_is_warned_early(placed):
-    places, frames, remarks = placed({})
+    places, frames, remarks = placed({}, '--log=log')
     assert (places.output, places.copy, frames) == ('output.png', None, 'frames')
-    assert [remark.split()[1] for remark in remarks] == ['--output', '--frames']
+    assert [remark.split()[1] for remark in remarks] == ['--output', '--frames', '--log']
 
 
 @pytest.mark.parametrize('modes, arguments, output, copy, frames, warned', [
@@ -140,10 +153,10 @@ def test_result_and_frames_go_to_a_folder_that_keeps_them(placed, tmp_path, mode
 
 @pytest.mark.parametrize('source, told', [
     (KEPT[18][1], True), ('/pods/d1/volumes/kubernetes.io~empty-dir/out', True), ('/volumes/mine/_data', False)])
-def test_a_volume_that_may_go_with_its_container_is_told(placed, monkeypatch, tmp_path, source, told):
-    places, _, _ = placed({'nd': 'rw'})
+def test_a_volume_that_may_go_with_its_container_is_told(start, placed, monkeypatch, tmp_path, source, told):
+    placed({'nd': 'rw'})
     monkeypatch.setattr(doodle, 'mounts', lambda: {str(tmp_path / 'nd'): source})
-    remarks = doodle.check_kept(doodle.parse_options(['--style=style.png']), places)
+    remarks = start.check_kept(doodle.parse_options(['--style=style.png']))
     assert [remark.split()[1] for remark in remarks] == [str(tmp_path / 'nd')] * told
 
 
@@ -200,12 +213,11 @@ def test_a_file_that_may_not_be_read_is_told_with_user_and_owner(photos, monkeyp
     assert '--user "$(id -u):$(id -g)"' in error.fix and added in error.fix
 
 
-def test_a_result_for_which_only_the_user_is_wrong_is_told_so(photos, monkeypatch):
+def test_a_result_for_which_only_the_user_is_wrong_is_told_so(start, photos, monkeypatch):
     photos()
     monkeypatch.setattr(os, 'access', lambda path, mode: mode != os.W_OK)
-    options = doodle.parse_options(['--style=a.png'])
     with pytest.raises(doodle.UserError, match=r'not to be written by user \w+: .+ is drwx.+ and of') as error:
-        doodle.check_kept(options, doodle.place_output(options))
+        start.check_kept(doodle.parse_options(['--style=a.png']))
     assert '--user "$(id -u):$(id -g)"' in error.value.fix and '-v "$PWD:/data"' in error.value.fix
 
 

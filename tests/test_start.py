@@ -1,7 +1,5 @@
 """How a container starts, by .docker/start as a module: the user, the cache of each, the network; and .docker/vgg19."""
 import hashlib
-import importlib.machinery
-import importlib.util
 import os
 import re
 import subprocess
@@ -11,31 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import doodle
-from conftest import ROOT
-
-
-def module(name):
-    """A program of .docker, which has no ending."""
-    loader = importlib.machinery.SourceFileLoader(name, str(ROOT / '.docker' / name))
-    found = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
-    loader.exec_module(found)
-    return found
-
-
-@pytest.fixture
-def start(monkeypatch, tmp_path):
-    """The start, with its cache in tmp_path, and the environment put back at the end."""
-    monkeypatch.setattr(sys, 'dont_write_bytecode', True)
-    start = module('start')
-    monkeypatch.setattr(start, 'CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(doodle, 'SAMPLE', doodle.SAMPLE)
-    monkeypatch.setattr(sys, 'argv', ['start'])
-    for name in ('DOODLE_CONTAINER', 'DOODLE_OFFLINE', 'DOODLE_DEVICE', 'HOME', 'TMPDIR', 'XDG_CACHE_HOME',
-                 'THEANO_FLAGS'):
-        monkeypatch.setenv(name, '')                                    # so that it is put back
-        monkeypatch.delenv(name)
-    return start
-
+from conftest import ROOT, module
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
