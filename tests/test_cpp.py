@@ -66,7 +66,7 @@ def shared_object(name):
     return subprocess.check_output(['g++', f'-print-file-name={name}'], text=True).strip()
 
 
-@pytest.mark.parametrize('processor', mostly_slow(PROCESSORS, 'native'))
+@pytest.mark.parametrize('processor', mostly_slow(PROCESSORS))
 def test_the_code_has_no_warnings_stays_within_its_memory_and_is_right(doodle, tmp_path, processor):
     source, library = tmp_path / 'engine.cpp', tmp_path / 'engine.so'
     code = doodle.COMMON + doodle.CONVOLUTION + doodle.MATCHING

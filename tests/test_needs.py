@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import ROOT, first_quick
+from conftest import ROOT, mostly_slow
 
 sys.path.insert(0, str(ROOT / 'samples'))
 SQUARE = 2 * 2048 ** 3                                                  # operations of the product that `plan` times
@@ -58,12 +58,12 @@ def measured(doodle, tmp_path_factory):
     return lambda *run, iterations: measure_memory.needed_and_peak(folder, *run, iterations=iterations)[:2]
 
 
-@pytest.mark.parametrize('content, style, arguments, iterations', first_quick([
+@pytest.mark.parametrize('content, style, arguments, iterations', mostly_slow([
     ((512, 384), (128, 96), [], 8),                                     # an ordinary run, as long as memory grows
     ((448, 336), (320, 240), ['--rotations=1', '--scales=1'], 2),       # painting with some copies
     ((64, 48), (1280, 960), [], 1),                                     # a style far larger than the result
     ((64, 48), (256, 192), ['--rotations=2', '--scales=3'], 1),         # many copies
-    ((64, 48), (60, 44), ['--auto-maps=4'], 1)], 1))                    # maps are painted
+    ((64, 48), (60, 44), ['--auto-maps=4'], 1)]))                    # maps are painted
 def test_memory_is_within_10_percent_of_the_measured_peak(doodle, measured, content, style, arguments, iterations):
     needed, peak = measured(content, style, *arguments, iterations=iterations)
     least = doodle.memory_needed((1, 1), (1, 1), doodle.parse_options(['--style=-', '--content=-']))

@@ -283,7 +283,7 @@ def test_no_compiler_is_a_sentence(run, tmp_path):
     assert re.fullmatch(r'ERROR: There is no g\+\+.*\n  FIX: install g\+\+.*\n', done.stderr)
 
 
-@pytest.mark.parametrize('how', mostly_slow([['-W', 'error'], ['-X', 'dev']], ['-X', 'dev']))
+@pytest.mark.parametrize('how', mostly_slow([['-W', 'error'], ['-X', 'dev']]))
 def test_warnings_turned_on_change_nothing(tmp_path, how):
     done = subprocess.run([sys.executable, *how, ROOT / 'doodle.py', *TEXTURE, '--log=log'], cwd=tmp_path, text=True,
                           capture_output=True, timeout=600)
