@@ -594,12 +594,12 @@ print(doodle.theano.function([x], x * x - 3)([2]))
                                                                                                  b'\0'))])
 def test_compiled_modules_that_are_cut_off_are_compiled_anew(tmp_path, damage):
     flags = f'base_compiledir={tmp_path},gcc.cxxflags=-O0'
-    assert python(COMPILE, THEANO_FLAGS=flags) == '[1.]\n'
+    assert python(COMPILE, THEANO_FLAGS=flags).splitlines()[-1] == '[1.]'
     modules = list(tmp_path.rglob('*.so'))
     assert len(modules) >= 3
     for path in modules:
         damage(path)
-    assert python(COMPILE, THEANO_FLAGS=flags) == '[1.]\n'
+    assert python(COMPILE, THEANO_FLAGS=flags).splitlines()[-1] == '[1.]'
     assert python('import doodle, sys; assert all(map(doodle.is_whole, sys.argv[1:]))',
                   *map(str, tmp_path.rglob('*.so'))) == ''
 
