@@ -161,8 +161,7 @@ def fitted_maps(paths, pictures, maps, painted, labels, network, remarks):
     told apart by clustering; a part without a colour of its own has the one that covers it most.
     """
     other = 1 - painted
-    codes, classes = np.unique(doodle.colour_codes(maps[painted]), return_inverse=True)
-    classes, colours = classes.reshape(labels[painted].shape), np.uint8(doodle.code_colours(codes))
+    codes, colours, classes = classes_of(maps[painted])
     table = np.zeros((len(codes), len(NAMES)))                          # pixels of a colour and a part
     np.add.at(table, (classes, labels[painted]), 1)
     areas, sums = table.sum(axis=0), table.sum(axis=1, keepdims=True)
@@ -451,10 +450,10 @@ def nearest_labels(labels, where):
     return labels[tuple(ndimage.distance_transform_edt(where, return_distances=False, return_indices=True))]
 
 
-def tidied(labels, least, parts=MODELLED):
-    """Pieces of `parts` with fewer than `least` pixels go to what is nearest."""
+def tidied(labels, least):
+    """Pieces of the `MODELLED` parts with fewer than `least` pixels go to what is nearest."""
     small = np.zeros(labels.shape, bool)
-    for part in parts:
+    for part in MODELLED:
         numbers, areas = pieces(labels == part)
         areas[0] = labels.size
         small |= (areas < least)[numbers]
@@ -729,6 +728,12 @@ def joint_parts(X, f, shares, count):
     return parts
 
 
+def classes_of(painted):
+    """The classes of a painted map (H, W, 3): their codes (K,) and colours (K, 3) uint8, and each pixel's, (H, W)."""
+    codes, classes = np.unique(doodle.colour_codes(painted), return_inverse=True)
+    return codes, np.uint8(doodle.code_colours(codes)), classes.reshape(painted.shape[:2])
+
+
 def class_distances(segments, X, classes, k):
     """How far each superpixel is from each of the `classes` (H, W), 0 .. K - 1, painted over picture `k`.
 
@@ -769,9 +774,8 @@ def clustered_maps(pictures, maps, count, weights, fast):
         parts, colours = joint_parts(X, f, shares, count), map_colours(count)
     else:
         k = int(maps[0] is None)
-        codes, classes = np.unique(doodle.colour_codes(maps[k]), return_inverse=True)
-        colours = np.uint8(doodle.code_colours(codes))
-        parts = class_distances(segments, X, classes.reshape(maps[k].shape[:2]), k).argmin(axis=1)
+        _, colours, classes = classes_of(maps[k])
+        parts = class_distances(segments, X, classes, k).argmin(axis=1)
     return [doodle.resized(colours[parts[cut]], picture.shape[1::-1], Image.NEAREST)
             for cut, picture in zip(segments, pictures)]
 

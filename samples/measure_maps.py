@@ -167,8 +167,7 @@ def right_patches(options, painted, weights):
     """
     import compare
     import doodle
-    inputs, _ = doodle.read_pictures(options)
-    inputs, _ = doodle.read_maps(inputs, options)
+    inputs, _ = doodle.read_inputs(options)
     objective = doodle.Objective(weights, options, True, True, True)
     planes = [doodle.to_planes(picture) for picture in (inputs.content, inputs.style)]
     objective.set_phase(*planes, inputs.content_map, inputs.style_map, inputs.size)
