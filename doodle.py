@@ -1838,7 +1838,7 @@ def memory_needed(size, style_size, options):
     area, style_area, copies = math.prod(size), math.prod(style_size), copy_count(options)
     making = 250 * style_area + (1.66 * style + 0.62 * matched) * copies * style_area
     painting = (1.46 * floats(names) + 1.29 * style) * area + 0.98 * matched * copies * style_area
-    return max(254e6 + 11 * weights, 281e6 + 6.9 * weights + max(making, painting), 915e6 * bool(options.auto_maps))
+    return max(254e6 + 11 * weights, 281e6 + 6.9 * weights + max(making, painting), 950e6 * bool(options.auto_maps))
 
 
 MORE_MEMORY = 'raise docker run --memory, or on Docker Desktop the memory in its settings'
@@ -2385,11 +2385,12 @@ def open_gpu(device):
 def winograd(W):
     """Filters (K, C, 3, 3) for `Convolution`: G W G^T of [LG15], 36 matrices C x K in panels of 64 columns."""
     G = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
-    K, C = W.shape[:2]
-    U = (np.kron(G, G) @ W.transpose(2, 3, 1, 0).reshape(9, C * K)).reshape(36, C, K)       # G W G^T, 36 at a time
-    U = np.pad(U, [(0, 0), (0, 0), (0, -K % 16)])
-    panels = [U[:, :, k:k + 64].reshape(36, -1) for k in range(0, U.shape[2], 64)]
-    return np.concatenate(panels, axis=1, dtype=np.float32)
+    panels = []
+    for k in range(0, len(W), 64):                                      # a few at a time, for float64 takes memory
+        part = W[k:k + 64].transpose(2, 3, 1, 0)                        # (3, 3, C, K)
+        U = (np.kron(G, G) @ part.reshape(9, -1)).reshape(36, *part.shape[2:])              # G W G^T, 36 at a time
+        panels.append(np.float32(np.pad(U, [(0, 0), (0, 0), (0, -U.shape[2] % 16)])).reshape(36, -1))
+    return np.concatenate(panels, axis=1)
 
 
 class CompiledOp:
