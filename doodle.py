@@ -443,40 +443,6 @@ def map_pair(inputs, options):
     return channels, remarks + [remark] * bool(remark)
 
 
-def map_channels(maps, classes, labels):
-    """Maps as channels in which classes differ by their cosine.
-
-    RGB is kept unless a class is black or two classes have a cosine above 0.99, as all greys and shades of one colour
-    have; then each class becomes a channel of its own (one-hot).
-
-    Parameters
-    ----------
-    maps : list of (H, W, 3) uint8 arrays
-    classes, labels
-        As `map_classes` gives them.
-
-    Returns
-    -------
-    channels : list of (H, W, K) uint8 arrays
-    remark : str or None
-        Says so when the classes became channels.
-    """
-    def cosines(a, b):
-        return a @ b.T / np.maximum(np.outer(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)), 1e-9)
-
-    alike = (cosines(classes, classes) > 0.99)[~np.eye(len(classes), dtype=bool)].any()
-    for k in np.flatnonzero(np.linalg.norm(classes, axis=1) <= NEAR):   # black, or too dark for a direction
-        for colours, label in zip(maps, labels):
-            own = code_colours(np.unique(colour_codes(colours[label == k])))
-            own = own[np.linalg.norm(own - classes[k], axis=1) <= NEAR]
-            alike |= (cosines(own, classes[[k]]) <= 0.99).any()
-    if not alike:
-        return maps, None
-    one_hot = np.eye(len(classes), dtype=np.uint8) * np.uint8(255)
-    return [one_hot[label] for label in labels], (
-        f'{len(classes)} map colours, some black or shades of each other: each is a class of its own.')
-
-
 def pooled_map(channels, size, layer):
     """A map at the resolution of a layer: resized to the phase's size, then averaged over stride x stride pixels.
 
@@ -3279,6 +3245,40 @@ def classify_maps(paths, pictures, longest=None):
     maps = [resized(colours, size, Image.NEAREST) for colours, size in zip(maps, sizes)]
     labels = [resized(np.int32(label)[:, :, None], size, Image.NEAREST)[:, :, 0] for label, size in zip(labels, sizes)]
     return Classified(classes, maps, labels, [bold(f'WARNING: {text}.') for text in filter(None, warned)])
+
+
+def map_channels(maps, classes, labels):
+    """Maps as channels in which classes differ by their cosine.
+
+    RGB is kept unless a class is black or two classes have a cosine above 0.99, as all greys and shades of one colour
+    have; then each class becomes a channel of its own (one-hot).
+
+    Parameters
+    ----------
+    maps : list of (H, W, 3) uint8 arrays
+    classes, labels
+        As `map_classes` gives them.
+
+    Returns
+    -------
+    channels : list of (H, W, K) uint8 arrays
+    remark : str or None
+        Says so when the classes became channels.
+    """
+    def cosines(a, b):
+        return a @ b.T / np.maximum(np.outer(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)), 1e-9)
+
+    alike = (cosines(classes, classes) > 0.99)[~np.eye(len(classes), dtype=bool)].any()
+    for k in np.flatnonzero(np.linalg.norm(classes, axis=1) <= NEAR):   # black, or too dark for a direction
+        for colours, label in zip(maps, labels):
+            own = code_colours(np.unique(colour_codes(colours[label == k])))
+            own = own[np.linalg.norm(own - classes[k], axis=1) <= NEAR]
+            alike |= (cosines(own, classes[[k]]) <= 0.99).any()
+    if not alike:
+        return maps, None
+    one_hot = np.eye(len(classes), dtype=np.uint8) * np.uint8(255)
+    return [one_hot[label] for label in labels], (
+        f'{len(classes)} map colours, some black or shades of each other: each is a class of its own.')
 
 
 def import_automaps():
