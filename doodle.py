@@ -350,99 +350,6 @@ def copy_count(options):
 Inputs = namedtuple('Inputs', 'content content_map style style_map seed size style_alpha')
 
 
-def read_inputs(options):
-    """`read_pictures`, then `read_maps`: the inputs, and the remarks of both."""
-    inputs, remarks = read_pictures(options)
-    inputs, lines = read_maps(inputs, options)
-    return inputs, remarks + lines
-
-
-def read_pictures(options):
-    """Read and check the pictures of a run.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-
-    Returns
-    -------
-    inputs : Inputs
-        Without maps. Without content, `size` is that of a texture; for a doodle `read_maps` sets it.
-    remarks : list of str
-        What was loaded, a line each.
-
-    Raises
-    ------
-    UserError
-        A picture is missing or broken, or does not fit the options or the layers.
-    """
-    content, seed, remarks = None, None, []
-    if options.content:
-        content, _, lines = read_picture(options.content)
-        content = limited(content, options.max_size, Image.LANCZOS)
-        remarks += [f'Loading `{options.content}` for content data.', *lines]
-    elif options.seed == 'content':
-        raise UserError('--seed=content needs a content picture.', 'add --content, or use --seed=noise')
-    style, style_alpha, lines = read_picture(options.style)
-    style = limited(style, options.max_size, Image.LANCZOS)
-    remarks += [f'Loading `{options.style}` for style data.', *lines]
-    if style_alpha is not None:
-        style_alpha = limited(style_alpha[:, :, None], options.max_size, Image.BOX)         # (h, w, 1)
-        style_alpha = None if style_alpha.all() else style_alpha
-    if options.rotations or options.scales:
-        count = copy_count(options)
-        remarks.append(f'{count} copies of the style picture, so matching takes some {count} times as long; '
-                       'fewer by --rotations and --scales.')
-    if options.seed not in ('noise', 'content'):
-        seed, _, lines = read_picture(options.seed)
-        remarks += lines
-    if content is None:
-        remarks.append('No content picture: the result depends on style, map and seed only.')
-    size = options.output_size or (style if content is None else content).shape[1::-1]
-    inputs = Inputs(content, None, style, None, seed, size, style_alpha)
-    if content is not None:
-        check_sizes(inputs, options)
-    return inputs, remarks
-
-
-def read_maps(inputs, options):
-    """Read the maps, if there are any and the method uses them: `inputs` with them, and remarks."""
-    (content_map, style_map), remarks = map_pair(inputs, options)
-    inputs = inputs._replace(content_map=content_map, style_map=style_map)
-    if inputs.content is None:
-        if content_map is not None:                                     # a doodle has the size of its map
-            inputs = inputs._replace(size=content_map.shape[1::-1])
-        check_sizes(inputs, options)
-    return inputs, remarks
-
-
-def map_pair(inputs, options):
-    """The maps of both pictures, (H, W, K) uint8 arrays, or None twice if no maps are used; and remarks."""
-    if not style_term(options).reads_maps:
-        return (None, None), [f'Method {options.method}, which reads no semantic maps.']
-    pictures = {'content': (options.content, inputs.content), 'style': (options.style, inputs.style)}
-    paths = dict(zip(pictures, map_paths(options)))
-    found = [name for name in paths if options.semantic_weight and is_there(paths[name])]
-    if not found:
-        return (None, None), ['No semantic maps: patches are matched by their features alone.']
-    if len(found) == 1:
-        missing = paths['style' if found == ['content'] else 'content']
-        raise UserError(f'{paths[found[0]]!r} is a map, but {missing!r} is not there.', 'paint that map too, ' +
-                        'say --auto-maps, ' * bool(options.content) + 'or leave maps unread with --semantic-weight=0')
-    if options.content and len(set(paths.values())) == 1 and not same_file(options.content, options.style):
-        raise UserError(f'{options.content!r} and {options.style!r} would share the map {paths["style"]!r}.',
-                        'rename one of the pictures, and give each a map of its own')
-    classes, maps, labels, warned = classify_maps(
-        list(paths.values()), [picture if picture[0] else None for picture in pictures.values()], options.max_size)
-    remarks = []
-    for name, path in paths.items():
-        unread = ', '.join(f'`{other}`' for other in other_endings(path, pictures[name][0] or ''))
-        remarks.append(f'Adding `{path}` as semantic map' + (f', and not {unread}.' if unread else '.'))
-    remarks += legend(classes, dict(zip(paths, maps)), dict(zip(paths, labels))) + warned
-    channels, remark = map_channels(maps, classes, labels)
-    return channels, remarks + [remark] * bool(remark)
-
-
 def pooled_map(channels, size, layer):
     """A map at the resolution of a layer: resized to the phase's size, then averaged over stride x stride pixels.
 
@@ -2798,6 +2705,61 @@ def read_picture(path):
     return Picture(np.asarray(image), opaque, list(filter(None, remarks)))
 
 
+def read_inputs(options):
+    """`read_pictures`, then `read_maps`: the inputs, and the remarks of both."""
+    inputs, remarks = read_pictures(options)
+    inputs, lines = read_maps(inputs, options)
+    return inputs, remarks + lines
+
+
+def read_pictures(options):
+    """Read and check the pictures of a run.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+
+    Returns
+    -------
+    inputs : Inputs
+        Without maps. Without content, `size` is that of a texture; for a doodle `read_maps` sets it.
+    remarks : list of str
+        What was loaded, a line each.
+
+    Raises
+    ------
+    UserError
+        A picture is missing or broken, or does not fit the options or the layers.
+    """
+    content, seed, remarks = None, None, []
+    if options.content:
+        content, _, lines = read_picture(options.content)
+        content = limited(content, options.max_size, Image.LANCZOS)
+        remarks += [f'Loading `{options.content}` for content data.', *lines]
+    elif options.seed == 'content':
+        raise UserError('--seed=content needs a content picture.', 'add --content, or use --seed=noise')
+    style, style_alpha, lines = read_picture(options.style)
+    style = limited(style, options.max_size, Image.LANCZOS)
+    remarks += [f'Loading `{options.style}` for style data.', *lines]
+    if style_alpha is not None:
+        style_alpha = limited(style_alpha[:, :, None], options.max_size, Image.BOX)         # (h, w, 1)
+        style_alpha = None if style_alpha.all() else style_alpha
+    if options.rotations or options.scales:
+        count = copy_count(options)
+        remarks.append(f'{count} copies of the style picture, so matching takes some {count} times as long; '
+                       'fewer by --rotations and --scales.')
+    if options.seed not in ('noise', 'content'):
+        seed, _, lines = read_picture(options.seed)
+        remarks += lines
+    if content is None:
+        remarks.append('No content picture: the result depends on style, map and seed only.')
+    size = options.output_size or (style if content is None else content).shape[1::-1]
+    inputs = Inputs(content, None, style, None, seed, size, style_alpha)
+    if content is not None:
+        check_sizes(inputs, options)
+    return inputs, remarks
+
+
 # ---- files: painted maps ---------------------------------------------------------------------------------------------
 
 # Largest distance in RGB, 0..255, of colours that count as one: small slips, near-blacks, JPEG noise.
@@ -3279,6 +3241,44 @@ def map_channels(maps, classes, labels):
     one_hot = np.eye(len(classes), dtype=np.uint8) * np.uint8(255)
     return [one_hot[label] for label in labels], (
         f'{len(classes)} map colours, some black or shades of each other: each is a class of its own.')
+
+
+def read_maps(inputs, options):
+    """Read the maps, if there are any and the method uses them: `inputs` with them, and remarks."""
+    (content_map, style_map), remarks = map_pair(inputs, options)
+    inputs = inputs._replace(content_map=content_map, style_map=style_map)
+    if inputs.content is None:
+        if content_map is not None:                                     # a doodle has the size of its map
+            inputs = inputs._replace(size=content_map.shape[1::-1])
+        check_sizes(inputs, options)
+    return inputs, remarks
+
+
+def map_pair(inputs, options):
+    """The maps of both pictures, (H, W, K) uint8 arrays, or None twice if no maps are used; and remarks."""
+    if not style_term(options).reads_maps:
+        return (None, None), [f'Method {options.method}, which reads no semantic maps.']
+    pictures = {'content': (options.content, inputs.content), 'style': (options.style, inputs.style)}
+    paths = dict(zip(pictures, map_paths(options)))
+    found = [name for name in paths if options.semantic_weight and is_there(paths[name])]
+    if not found:
+        return (None, None), ['No semantic maps: patches are matched by their features alone.']
+    if len(found) == 1:
+        missing = paths['style' if found == ['content'] else 'content']
+        raise UserError(f'{paths[found[0]]!r} is a map, but {missing!r} is not there.', 'paint that map too, ' +
+                        'say --auto-maps, ' * bool(options.content) + 'or leave maps unread with --semantic-weight=0')
+    if options.content and len(set(paths.values())) == 1 and not same_file(options.content, options.style):
+        raise UserError(f'{options.content!r} and {options.style!r} would share the map {paths["style"]!r}.',
+                        'rename one of the pictures, and give each a map of its own')
+    classes, maps, labels, warned = classify_maps(
+        list(paths.values()), [picture if picture[0] else None for picture in pictures.values()], options.max_size)
+    remarks = []
+    for name, path in paths.items():
+        unread = ', '.join(f'`{other}`' for other in other_endings(path, pictures[name][0] or ''))
+        remarks.append(f'Adding `{path}` as semantic map' + (f', and not {unread}.' if unread else '.'))
+    remarks += legend(classes, dict(zip(paths, maps)), dict(zip(paths, labels))) + warned
+    channels, remark = map_channels(maps, classes, labels)
+    return channels, remarks + [remark] * bool(remark)
 
 
 def import_automaps():
