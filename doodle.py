@@ -37,6 +37,7 @@ Papers:
     [SZ14]  Simonyan, Zisserman: Very Deep Convolutional Networks. arXiv 1409.1556
     [LW16]  Li, Wand: Combining Markov Random Fields and Convolutional Neural Networks. arXiv 1601.04589
     [GEB16] Gatys, Ecker, Bethge: Image Style Transfer Using Convolutional Neural Networks. CVPR 2016
+    [GBHS16] Gatys, Bethge, Hertzmann, Shechtman: Preserving Color in Neural Artistic Style Transfer. arXiv 1606.05897
     [C16]   Champandard: Semantic Style Transfer and Turning Two-Bit Doodles into Fine Artworks. arXiv 1603.01768
     [LG15]  Lavin, Gray: Fast Algorithms for Convolutional Neural Networks. arXiv 1509.09308
     [MV15]  Mahendran, Vedaldi: Understanding Deep Image Representations. arXiv 1412.0035
@@ -140,6 +141,13 @@ def parse_number(text):
     return float(text) if re.fullmatch(r'[-+]?([0-9]+\.?|[0-9]*\.[0-9]+)([eE][-+]?[0-9]+)?', text) else math.nan
 
 
+def parse_scale(text):
+    """A factor for the sides of a picture, 0.1 .. 10."""
+    if not 0.1 <= parse_number(text) <= 10:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0.1 to 10')
+    return parse_number(text)
+
+
 def up_to(most):
     """The parser of a weight: 0, or 1e-6 to `most`; below 1e-6 the optimiser's steps vanish in float32."""
     def chosen(text):
@@ -227,7 +235,8 @@ parse_weight, parse_bias = up_to('1e20'), up_to('1e6')                # keep los
 # Placeholders of values in --help.
 VALUES = {parse_path: 'PATH', str: 'EXT', parse_size: 'WxH', parse_natural: 'N', parse_whole: 'N', parse_seed: 'SEED',
           parse_parts: 'N|faces', parse_range: 'LO:HI', parse_method: 'NAME', parse_weight: 'X', parse_layers: 'LAYERS',
-          parse_bias: 'X', parse_steps: 'N', parse_switch: '0|1', parse_device: 'DEVICE', parse_network: 'NAME'}
+          parse_scale: 'X', parse_bias: 'X', parse_steps: 'N', parse_switch: '0|1', parse_device: 'DEVICE',
+          parse_network: 'NAME'}
 
 SAME, FREE = 'same', 'free'                                           # on --resume: must be as before, or may differ
 
@@ -238,6 +247,8 @@ OPTIONS = {'pictures': (
     ('--output',          FREE, parse_path,    'output.png',  'the result; without --content, its map is the doodle'),
     ('--output-size',     SAME, parse_size,    None,          'width and height for texture synthesis'),
     ('--max-size',        SAME, parse_natural, None,          'shrink pictures with a longer side, maps with them'),
+    ('--style-scale',     SAME, parse_scale,   '1.0',         'enlarge style picture and map: larger strokes'),
+    ('--keep-colors',     FREE, bool,          False,         "the result's luminance with the content's colours"),
     ('--semantic-ext',    FREE, str,           '_sem.png',    'the map of dir/name.jpg is dir/name + this'),
     ('--auto-maps',       FREE, parse_parts,   '0',           'paint the maps that are missing: faces, or N parts'),
     ('--seed',            SAME, parse_seed,    'noise',       'start from noise, content, or the picture at a path'),
@@ -345,9 +356,9 @@ def copy_count(options):
 
 # ---- images and maps -------------------------------------------------------------------------------------------------
 
-# The program's inputs, read and checked: pictures (H, W, 3) uint8 RGB, maps (H, W, K) uint8, `style_alpha` (h, w, 1)
+# The program's inputs, read and checked: pictures (H, W, 3) uint8 RGB, maps (H, W, K) uint8, alpha channels (H, W, 1)
 # uint8. What is missing is None; so is `style_alpha` if no pixel of the style picture is fully transparent.
-Inputs = namedtuple('Inputs', 'content content_map style style_map seed size style_alpha')
+Inputs = namedtuple('Inputs', 'content content_map style style_map seed size style_alpha content_alpha')
 
 
 def pooled_map(channels, size, layer):
@@ -371,22 +382,31 @@ def pooled_map(channels, size, layer):
 
 
 def resized(values, size, method):
-    """`values` (H, W, K), uint8 or float, resampled channel by channel to `size` = (width, height)."""
-    if values.shape[1::-1] == tuple(size):
+    """`values` (H, W, K), uint8 or float, or None, resampled channel by channel to `size` = (width, height)."""
+    if values is None or values.shape[1::-1] == tuple(size):
         return values
     channels = [Image.fromarray(plane).resize(size, method, reducing_gap=None) for plane in np.moveaxis(values, 2, 0)]
     return np.stack([np.asarray(plane) for plane in channels], axis=2)
 
 
 def limited(values, longest, method):
-    """`values` (H, W, K), shrunk where their long side is more than `longest` (or None)."""
-    return resized(values, limited_size(values.shape[1::-1], longest), method)
+    """`values` (H, W, K) or None, shrunk where their long side is more than `longest` (or None)."""
+    return None if values is None else resized(values, limited_size(values.shape[1::-1], longest), method)
 
 
 def limited_size(size, longest):
     """`size` = (width, height), shrunk where the long side is more than `longest` (or None)."""
     shrink = min(1, (longest or math.inf) / max(size))
     return tuple(max(1, round(side * shrink)) for side in size)
+
+
+def scaled_size(size, options):
+    """(width, height) at which a style picture of `size` is used; UserError if that is too large for the memory."""
+    result = tuple(max(1, round(side * options.style_scale)) for side in limited_size(size, options.max_size))
+    if math.prod(result) * PIXEL_BYTES > memory_limit():
+        raise UserError('--style-scale={:g} makes {}x{} pixels of {!r}, too many for the free memory.'.format(
+            options.style_scale, *result, options.style), 'a smaller --style-scale, or --max-size')
+    return result
 
 
 def phase_size(size, phase, phases):
@@ -402,6 +422,17 @@ def to_planes(rgb):
 def to_pixels(x, size):
     """The image `x` (3, H, W) BGR as (height, width, 3) uint8 RGB, at `size` = (width, height)."""
     return resized(np.moveaxis(np.clip(x, 0, 255).astype(np.uint8)[::-1], 0, 2), size, Image.BICUBIC)
+
+
+def recolored(rgb, content):
+    """The luminance of `rgb` with the colours of `content`, both (H, W, 3) uint8 [GBHS16 section 3].
+
+    The colour space is YIQ of sRGB values. I and Q, kept here, are differences of colours, to which a grey adds
+    nothing: the content, lighter or darker by the difference in Y, has the new Y and its own I and Q.
+    """
+    Y = [0.299, 0.587, 0.114]                                           # weights of red, green, blue
+    shift = rgb @ Y - content @ Y                                       # (H, W)
+    return np.uint8(np.clip(np.rint(content + shift[:, :, None]), 0, 255))
 
 
 # ---- network ---------------------------------------------------------------------------------------------------------
@@ -1216,7 +1247,7 @@ def run_alone(options, places, inputs, remarks):
     objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, device == 'cpu',
                           inputs.style_alpha is not None, at.header['slices'])
     del weights, network                                                # free memory: the objective has copies
-    return paint_and_save(objective, inputs, options, at, Journal(options, places, inputs.size, at))
+    return paint_and_save(objective, inputs, options, at, Journal(options, places, inputs, at))
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -1722,7 +1753,8 @@ def check_memory(inputs, options):
     size, style_size = inputs.size, inputs.style.shape[1::-1]
 
     def sizes(longest):
-        shrunk = [[math.ceil(side * min(1, longest / max(size))) for side in size] for size in (size, style_size)]
+        shrunk = [[math.ceil(side * min(1, scale * longest / max(size))) for side in size]
+                  for size, scale in ((size, 1), (style_size, options.style_scale))]
         return (shrunk[0], style_size) if options.output_size else shrunk
     limit, needed = memory_limit(), memory_needed(size, style_size, options)
     if needed <= limit:
@@ -1734,6 +1766,7 @@ def check_memory(inputs, options):
         more = MORE_MEMORY
         fix += f', or {more}'
     fix = fix if longest >= 64 else more
+    fix += ', or a smaller --style-scale' * (options.style_scale > 1)
     raise UserError(f'{size[0]}x{size[1]} pixels in the style of {style_size[0]}x{style_size[1]} need about '
                     f'{needed / 1e9:.1f} GB of memory, and there are {limit / 1e9:.1f} GB.', fix)
 
@@ -2403,7 +2436,7 @@ def depth_first(graph):
 
 # ---- files: pictures -------------------------------------------------------------------------------------------------
 
-# A decoded picture: pixels (H, W, 3) uint8 sRGB, alpha (H, W) uint8 or None, remarks for the user, a line each.
+# A decoded picture: pixels (H, W, 3) uint8 sRGB, alpha (H, W, 1) uint8 or None, remarks for the user, a line each.
 Picture = namedtuple('Picture', 'pixels alpha remarks')
 
 # Formats that are read: not those for which Pillow starts a program (EPS), which it cannot decode on Linux (WMF), which
@@ -2411,6 +2444,7 @@ Picture = namedtuple('Picture', 'pixels alpha remarks')
 FORMATS = 'PNG', 'JPEG', 'TIFF', 'WEBP', 'AVIF', 'GIF', 'BMP', 'PPM', 'JPEG2000', 'PSD', 'SGI', 'PCX', 'TGA'
 PIXEL_BYTES = 26                                                      # of memory for each pixel: JPEG2000; others 22
 SMALLER = 'make a smaller copy with a paint program'
+HEIC = rb'....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)'                    # how such a file begins
 MOST_SCANS = 100                                                      # of a JPEG: each takes time; programs write 10
 
 
@@ -2421,6 +2455,9 @@ def import_pillow():
     from PIL import Image, ImageCms, ImageOps
     from tqdm import tqdm
     Image.MAX_IMAGE_PIXELS = None                                       # `check_pixels` has its own
+    with contextlib.suppress(ImportError):                              # for HEIC, of telephones
+        import pillow_heif
+        pillow_heif.register_heif_opener()
 
 
 def is_there(path):
@@ -2539,7 +2576,7 @@ def decoded(path):
     Parameters
     ----------
     path : str
-        One of `FORMATS`; of an animation the first frame is read.
+        One of `FORMATS`, or HEIC where pillow-heif is installed; of an animation the first frame is read.
 
     Returns
     -------
@@ -2556,7 +2593,7 @@ def decoded(path):
     if os.path.getsize(path) > memory_limit() / 4:                      # some formats are read as a whole
         raise UserError(f'{path!r} has {os.path.getsize(path) / 1e9:.1f} GB, too much for the free memory.', SMALLER)
     try:
-        with unheard(), Image.open(path, formats=FORMATS) as file:
+        with unheard(), Image.open(path, formats=FORMATS + ('HEIF',) * ('HEIF' in Image.OPEN)) as file:
             check_pixels(file, path)
             if file.format in ('JPEG', 'MPO') and (scans := scan_count(path)) > MOST_SCANS:
                 raise ValueError(f'it has {scans} scans, where {MOST_SCANS} are more than any program makes')
@@ -2572,9 +2609,18 @@ def decoded(path):
     except PermissionError:
         raise forbidden(path) from None
     except Exception as error:  # a broken file can raise anything in Pillow's plugins
+        if 'HEIF' not in Image.OPEN and is_heic(path):
+            raise UserError(f'{path!r} is a HEIC picture, and the package that reads these, pillow-heif, is missing.',
+                            'save it as JPEG, or pip install pillow-heif') from None
         long = 'a text or a profile in it is too long' if 'MAX_TEXT' in str(error) else None
         raise UserError(f'{path!r} cannot be read as a picture: {long or one_line(error)}.',
                         'open it and save it again as PNG') from None
+
+
+def is_heic(path):
+    """Whether a file begins as HEIC pictures do."""
+    with open(path, 'rb') as file:
+        return bool(re.match(HEIC, file.read(12), re.DOTALL))
 
 
 def alpha(image):
@@ -2699,7 +2745,7 @@ def read_picture(path):
     if opaque:
         image, seen = Image.new('RGB', image.size, 'white'), image
         image.paste(seen, mask=opaque)
-        opaque = np.asarray(opaque)
+        opaque = np.asarray(opaque)[:, :, None]
         share = np.count_nonzero(opaque < 255) / opaque.size
         remarks.append(f'{100 * share:.3g}% of `{path}` is transparent: it is laid on white.')
     return Picture(np.asarray(image), opaque, list(filter(None, remarks)))
@@ -2731,19 +2777,23 @@ def read_pictures(options):
     UserError
         A picture is missing or broken, or does not fit the options or the layers.
     """
-    content, seed, remarks = None, None, []
+    content, content_alpha, seed, remarks = None, None, None, []
     if options.content:
-        content, _, lines = read_picture(options.content)
+        content, content_alpha, lines = read_picture(options.content)
         content = limited(content, options.max_size, Image.LANCZOS)
+        content_alpha = limited(content_alpha, options.max_size, Image.BOX)
         remarks += [f'Loading `{options.content}` for content data.', *lines]
     elif options.seed == 'content':
         raise UserError('--seed=content needs a content picture.', 'add --content, or use --seed=noise')
+    if content is None and options.keep_colors:
+        raise UserError('--keep-colors needs a content picture, whose colours are kept.', 'add --content')
     style, style_alpha, lines = read_picture(options.style)
-    style = limited(style, options.max_size, Image.LANCZOS)
+    scaled = scaled_size(style.shape[1::-1], options)
+    style, style_alpha = resized(style, scaled, Image.LANCZOS), resized(style_alpha, scaled, Image.BOX)
+    style_alpha = None if style_alpha is None or style_alpha.all() else style_alpha
     remarks += [f'Loading `{options.style}` for style data.', *lines]
-    if style_alpha is not None:
-        style_alpha = limited(style_alpha[:, :, None], options.max_size, Image.BOX)         # (h, w, 1)
-        style_alpha = None if style_alpha.all() else style_alpha
+    if options.style_scale != 1:
+        remarks.append('The style picture is taken at {:g} times its size, {}x{}.'.format(options.style_scale, *scaled))
     if options.rotations or options.scales:
         count = copy_count(options)
         remarks.append(f'{count} copies of the style picture, so matching takes some {count} times as long; '
@@ -2754,7 +2804,7 @@ def read_pictures(options):
     if content is None:
         remarks.append('No content picture: the result depends on style, map and seed only.')
     size = options.output_size or (style if content is None else content).shape[1::-1]
-    inputs = Inputs(content, None, style, None, seed, size, style_alpha)
+    inputs = Inputs(content, None, style, None, seed, size, style_alpha, content_alpha)
     if content is not None:
         check_sizes(inputs, options)
     return inputs, remarks
@@ -3593,6 +3643,9 @@ def can_be_written(folder):
     return True
 
 
+TRANSPARENT = 'PNG', 'WEBP', 'TIFF', 'AVIF'                           # formats in which alpha is kept
+
+
 def image_format(path):
     """Pillow's name of the format for the ending of `path`."""
     name = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
@@ -3731,7 +3784,7 @@ def sync_folder(folder):
 
 
 def write_picture(rgb, path, durable=False, **options):
-    """Write (H, W, 3) uint8 `rgb`, in the format of the ending of `path`, with Pillow's `options`."""
+    """Write `rgb`, (H, W, 3) uint8 or with alpha (H, W, 4), in the format of the ending of `path`."""
     with written_whole(path, durable) as file:
         Image.fromarray(np.ascontiguousarray(rgb)).save(file, format=image_format(path), quality=95, **options)
 
@@ -3954,13 +4007,14 @@ class Journal:
     ----------
     options : argparse.Namespace
     places : Places
-    size : (width, height) of the result
+    inputs : Inputs
+        The content's colours and transparency may be kept.
     at : Checkpoint
         Where the run begins; a resumed run continues its log from there.
     """
 
-    def __init__(self, options, places, size, at):
-        self.options, self.places, self.size, self.saved, self.told = options, places, size, None, set()
+    def __init__(self, options, places, inputs, at):
+        self.options, self.places, self.inputs, self.saved, self.told = options, places, inputs, None, set()
         self.bar = tqdm(total=options.phases * options.iterations, initial=at.number, disable=None, leave=False)
         self.log, self.unwritten = None, b''
         if options.log:
@@ -4000,6 +4054,11 @@ class Journal:
         self.say('')
         self.since = time.time()
 
+    def pixels(self, x, size):
+        """The image `x` (3, H, W) as (height, width, 3) uint8 RGB, at `size`, in the content's colours if so wished."""
+        rgb = to_pixels(x, size)
+        return recolored(rgb, resized(self.inputs.content, size, Image.LANCZOS)) if self.options.keep_colors else rgb
+
     def record(self, at, x, evaluation, largest):
         """Write line, frame and log entry of the evaluation of `x` (3, H, W), which `at` has just counted."""
         number, every = at.number - 1, self.options.print_every         # counts from 0
@@ -4012,7 +4071,7 @@ class Journal:
         if self.options.save_every and number % self.options.save_every == 0:
             with self.spared(self.options.frames):
                 at.frames = at.frames or claim_frames(self.options.frames)
-                write_picture(to_pixels(x, x.shape[:0:-1]), os.path.join(at.frames, f'{number:04d}.png'))
+                write_picture(self.pixels(x, x.shape[:0:-1]), os.path.join(at.frames, f'{number:04d}.png'))
         self.write_log(dict(
             phase=at.phase, evaluation=at.evaluation - 1, total=evaluation.total, content=evaluation.content,
             style=evaluation.style, smooth=evaluation.smooth, gradient_l2=float(np.linalg.norm(evaluation.gradient)),
@@ -4066,7 +4125,9 @@ class Journal:
         """Save the last accepted image; at the `last` time to any folder that can be written. Whether it is saved."""
         if not at.number or self.saved is at.minimiser.image:
             return at.number > 0
-        picture, done = to_pixels(at.minimiser.image, self.size), False
+        picture, done = self.pixels(at.minimiser.image, self.inputs.size), False
+        if self.inputs.content_alpha is not None and image_format(self.places.output) in TRANSPARENT:
+            picture = np.dstack([picture, self.inputs.content_alpha])
         for path in filter(None, (self.places.output, self.places.copy)):
             done = False
             with self.spared(path):

@@ -18,7 +18,7 @@ def planned(doodle, monkeypatch):
         ticks = iter((7., 107.))
         monkeypatch.setattr(doodle.time, 'perf_counter', lambda: next(ticks))
         content, style = (np.zeros((*s[::-1], 3), np.uint8) for s in (size, style_size))
-        inputs = doodle.Inputs(content, None, style, None, None, size, None)
+        inputs = doodle.Inputs(content, None, style, None, None, size, None, None)
         return doodle.plan(inputs, doodle.parse_options(['--style=-', *arguments]))
     return planned
 

@@ -157,7 +157,7 @@ def painted(doodle, tmp_path, monkeypatch, handlers):
             '--save-every=0', '--print-every=0', *arguments])
         inputs, _ = doodle.read_inputs(options)
         at = doodle.Checkpoint({'random_seed': 5})
-        journal = doodle.Journal(options, doodle.place_output(options), inputs.size, at)
+        journal = doodle.Journal(options, doodle.place_output(options), inputs, at)
         seen, save = SimpleNamespace(journal=journal, at=at, saved=[], inputs=inputs), journal.save
         monkeypatch.setattr(journal, 'save', lambda at, **how: (
             seen.saved.append(np.shape(at.minimiser.image)), save(at, **how))[1])
