@@ -43,7 +43,7 @@ RUN /opt/doodle/vgg19 "$VGG19" /weights
 # ---- program: script, network, samples, compiled code, and how a container starts
 FROM base AS program
 COPY LICENSE vgg16.npz doodle.py .docker/warm /opt/doodle/
-COPY samples/automaps.py samples/faces.* /opt/doodle/samples/
+COPY samples/automaps.py samples/faces.* samples/figure.py samples/watch.html /opt/doodle/samples/
 RUN /opt/doodle/warm
 COPY .docker/start /opt/doodle/
 COPY --from=vgg19 /weights /opt/doodle/weights

@@ -53,6 +53,7 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 14):                      # before
 
 import argparse
 import atexit
+import base64
 import bisect
 import bz2
 import configparser
@@ -279,6 +280,8 @@ OPTIONS = {'pictures': (
     ('--save-every',      FREE, parse_whole,   '10',          'write a frame every N evaluations; 0: never'),
     ('--frames',          FREE, parse_path,    'frames',      'folder of the frames'),
     ('--log',             FREE, parse_path,    None,          'write every evaluation as a line of JSON'),
+    ('--figure',          FREE, parse_path,    None,          'write inputs, maps, result and losses as one picture'),
+    ('--animation',       FREE, parse_path,    None,          'write the frames as one .gif, .webp or .png'),
     ('--check',           FREE, bool,          False,         'tell what would be done, and likely painting mistakes'),
     ('--resume',          FREE, bool,          False,         'go on from the checkpoint of a run that did not end'),
     ('--version',         FREE, 'version',     None,          "tell the program's version"),
@@ -3336,13 +3339,18 @@ def import_automaps():
     return import_beside('samples/automaps.py')
 
 
+def require_beside(name, flags):
+    """The path of a file of ``samples/`` beside this one; UserError if what `flags` need is not there."""
+    if not os.path.isfile(beside(name)):
+        raise UserError(f'{flags} needs {beside(name)!r}, which is not there.',
+                        f'copy it there from where the script is from, or leave {flags} out')
+    return beside(name)
+
+
 @functools.cache
-def import_beside(name):
+def import_beside(name, flags='--auto-maps'):
     """A script of ``samples/`` beside this one, as a module; it may import this one, too."""
-    path = beside(name)
-    if not os.path.isfile(path):
-        raise UserError(f'--auto-maps needs {path!r}, which is not there.',
-                        'copy it there from where the script is from, or leave --auto-maps out')
+    path = require_beside(name, flags)
     sys.modules['doodle'] = sys.modules[__name__]                       # not a second copy beside __main__
     spec = importlib.util.spec_from_file_location(os.path.basename(name)[:-3], path)
     module = importlib.util.module_from_spec(spec)
@@ -3543,10 +3551,15 @@ def check_files(options, places):
     check_written(options, places, read)
 
 
+IN_FRAMES = r'\d{4,}\.png|command\.txt|run-\d+|watch\.(html|js)'       # names in the folder of --frames
+
+
 def check_written(options, places, read):
     """Refuse outputs that would overwrite an input or each other, or cannot be written."""
     frames = [options.frames] if options.save_every else []
-    outputs = [('--output', path) for path in filter(None, places)] + [('--log', options.log)] * bool(options.log)
+    outputs = [('--output', path) for path in filter(None, places)] + [
+        (flag, getattr(options, attribute(flag))) for flag in ('--log', '--figure', '--animation')
+        if getattr(options, attribute(flag))]
     for flag, path in outputs + [('--frames', path) for path in frames]:
         if any(same_file(path, other) for other in read if other):
             raise UserError(f'{flag} {path!r} is one of the inputs and would overwrite it.', f'choose another {flag}')
@@ -3556,18 +3569,32 @@ def check_written(options, places, read):
         if is_special(path) and (flag != '--log' or not is_stream(path)):
             raise UserError(f'{flag} {path!r} is not a file.', f'choose another {flag}')
         if any(same_file(path, folder) or same_file(os.path.dirname(path) or '.', folder) and
-               re.fullmatch(r'\d{4,}\.png|command\.txt|run-\d+', os.path.basename(path)) for folder in frames):
+               re.fullmatch(IN_FRAMES, os.path.basename(path)) for folder in frames):
             raise UserError(f'{flag} {path!r} has the name of a frame or of the folder of --frames.',
                             f'choose another {flag} or --frames')
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(path)                                               # a name may be too long
-    if options.log and any(same_file(options.log, path) for flag, path in outputs if flag == '--output'):
-        raise UserError('--log is the same file as the output or its checkpoint.', 'choose another --log')
-    image_format(places.output)
+    for (flag, path), (other, place) in itertools.combinations(outputs, 2):
+        if flag != other and same_file(path, place):
+            what = 'the output or its checkpoint' if flag == '--output' else flag
+            raise UserError(f'{other} is the same file as {what}.', f'choose another {other}')
+    for path in filter(None, (places.output, options.figure)):
+        image_format(path)
+    check_drawings(options)
     folders = [(flag, os.path.dirname(given_target(path)) or '.') for flag, path in outputs if not is_special(path)]
     for flag, folder in folders + [('--frames', path) for path in frames]:
         if not options.check or mounts() is None:                       # a container's start has warned
             check_folder(folder, flag, f'choose another {flag}')
+
+
+def check_drawings(options):
+    """Refuse a figure or animation that cannot be drawn."""
+    if options.figure or options.animation:
+        require_beside('samples/figure.py', '--figure')
+    if options.animation and not re.search(r'\.(gif|webp|png)$', options.animation, re.IGNORECASE):
+        raise UserError(f'--animation {options.animation!r} does not end like one.', 'end it in .gif, .webp or .png')
+    if options.animation and not options.save_every:
+        raise UserError('--animation is made of frames, and --save-every=0 leaves them out.', 'leave one of them out')
 
 
 def is_special(path):
@@ -3785,8 +3812,13 @@ def sync_folder(folder):
 
 def write_picture(rgb, path, durable=False, **options):
     """Write `rgb`, (H, W, 3) uint8 or with alpha (H, W, 4), in the format of the ending of `path`."""
+    write_image(Image.fromarray(np.ascontiguousarray(rgb)), path, durable, quality=95, **options)
+
+
+def write_image(image, path, durable=False, **options):
+    """Write a Pillow image, in the format of the ending of `path`, with Pillow's `options`."""
     with written_whole(path, durable) as file:
-        Image.fromarray(np.ascontiguousarray(rgb)).save(file, format=image_format(path), quality=95, **options)
+        image.save(file, format=image_format(path), **options)
 
 
 def claim_frames(folder):
@@ -3818,6 +3850,7 @@ class Checkpoint:
     frames: str = None                                                  # the folder of `claim_frames`
     minimiser: Minimiser = None
     memory: dict = None                                                 # `Objective.state`
+    losses: list = dataclasses.field(default_factory=list)              # (number, total, each term) by evaluation
 
     def begin(self, phase, image, objective):
         """Start a phase from an image."""
@@ -3841,16 +3874,16 @@ def provenance(inputs, weights, options):
                                       map_channels=0 if inputs.style_map is None else inputs.style_map.shape[2]))))
 
 
-FORMAT = 2                                                            # of checkpoints
+FORMAT = 3                                                            # of checkpoints
 HEAD = 'doodle.py {}, checkpoint of format {}, sha256 {}\n'            # their first line: checksum of the rest
 
 
 def write_checkpoint(path, at):
     """Write a `Checkpoint`: the `HEAD`, its numbers as a line of JSON, then the bytes of its arrays."""
-    state = at.minimiser.state() | at.memory
+    state = at.minimiser.state() | at.memory | dict(losses=np.array(at.losses, np.float64))
     arrays = {name: value for name, value in state.items() if value.ndim}
     numbers = {field.name: getattr(at, field.name) for field in dataclasses.fields(at)
-               if field.name not in ('minimiser', 'memory')}
+               if field.name not in ('minimiser', 'memory', 'losses')}
     numbers |= dict(state={name: value.item() for name, value in state.items() if not value.ndim},
                     arrays={name: (value.dtype.str, value.shape) for name, value in arrays.items()})
     parts = [json.dumps(numbers).encode() + b'\n', *map(np.ascontiguousarray, arrays.values())]
@@ -3898,7 +3931,7 @@ def read_checkpoint(path, header):
         with open(path, 'rb', opener=opened_file) as file:
             check_head(file, path, header, restart)
             numbers, state = read_state(file)
-        at = Checkpoint(**numbers)
+        at = Checkpoint(**numbers, losses=read_losses(state.pop('losses')))
         differences = differing(at.header, header)
         if not differences:
             at.minimiser = check_progress(at, header)
@@ -3953,6 +3986,13 @@ def read_state(file):
     for count, (name, (kind, shape)) in zip(counts, kinds.items()):
         state[name] = np.fromfile(file, kind, count).reshape(shape)
     return numbers, state
+
+
+def read_losses(losses):
+    """The rows of ``Checkpoint.losses`` from their array in a file."""
+    if losses.ndim != 2 or not np.isfinite(losses).all():
+        raise ValueError('its losses are none of a run')
+    return [(int(number), *terms) for number, *terms in losses.tolist()]
 
 
 def check_progress(at, header):
@@ -4015,6 +4055,7 @@ class Journal:
 
     def __init__(self, options, places, inputs, at):
         self.options, self.places, self.inputs, self.saved, self.told = options, places, inputs, None, set()
+        self.page = Page(options, inputs)
         self.bar = tqdm(total=options.phases * options.iterations, initial=at.number, disable=None, leave=False)
         self.log, self.unwritten = None, b''
         if options.log:
@@ -4053,6 +4094,9 @@ class Journal:
             self.say(f'  - Content layer conv{layer}: {f.shape[2]} features in {f.nbytes // 1000:,}kb.')
         self.say('')
         self.since = time.time()
+        self.names = ['total', *(f'content conv{layer}' for layer in objective.target),
+                      *(f'style conv{layer}' for layer in objective.style), 'smoothness']
+        self.page.begin(at)
 
     def pixels(self, x, size):
         """The image `x` (3, H, W) as (height, width, 3) uint8 RGB, at `size`, in the content's colours if so wished."""
@@ -4062,6 +4106,8 @@ class Journal:
     def record(self, at, x, evaluation, largest):
         """Write line, frame and log entry of the evaluation of `x` (3, H, W), which `at` has just counted."""
         number, every = at.number - 1, self.options.print_every         # counts from 0
+        at.losses.append((number, evaluation.total, *evaluation.content.values(), *evaluation.style.values(),
+                          evaluation.smooth))
         if every and number % every == 0:
             self.say(progress_line(number, evaluation, at.error, time.time() - self.since))
             self.since = time.time()
@@ -4072,12 +4118,27 @@ class Journal:
             with self.spared(self.options.frames):
                 at.frames = at.frames or claim_frames(self.options.frames)
                 write_picture(self.pixels(x, x.shape[:0:-1]), os.path.join(at.frames, f'{number:04d}.png'))
+        self.show(at, 'running')
         self.write_log(dict(
             phase=at.phase, evaluation=at.evaluation - 1, total=evaluation.total, content=evaluation.content,
             style=evaluation.style, smooth=evaluation.smooth, gradient_l2=float(np.linalg.norm(evaluation.gradient)),
             gradient_max=largest, seconds=evaluation.seconds,
             matching_seconds=evaluation.matching_seconds))
         self.bar.update()
+
+    def show(self, at, state):
+        """Renew the page beside the frames."""
+        if at.frames and self.options.save_every:
+            with self.spared(at.frames):
+                self.page.show(at, self.names, state)
+
+    def finish(self, at, state):
+        """Once result and checkpoint are safe, the page's last state, and figure and animation where wished."""
+        self.show(at, state)
+        for path, draw in (self.options.figure, write_figure), (self.options.animation, write_animation):
+            if path and at.losses:
+                with self.spared(path):
+                    self.say(draw(given_target(path), self, at))
 
     def write_log(self, entry):
         """Append one line of JSON, after those that could not be written before, of which 16 MB wait."""
@@ -4144,6 +4205,85 @@ class Journal:
         return done
 
 
+class Page:
+    """The page beside a run's frames, which shows the run in a browser: ``watch.html``, and its data in ``watch.js``.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+    inputs : Inputs
+    """
+
+    POINTS = 1000                                                       # most evaluations of the curves
+
+    def __init__(self, options, inputs):
+        self.options, self.inputs, self.shown = options, inputs, 0
+        style_size = inputs.style.shape[1::-1]
+        layers = options.style_layers + (options.content_layers if inputs.content is not None else [])
+        self.costs = [sum(operations(*(phase_size(size, phase, options.phases) for size in (inputs.size, style_size)),
+                                     layers, options.style_layers)) for phase in range(options.phases)]
+
+    def begin(self, at):
+        """A phase begins, or goes on."""
+        self.start, self.first = time.time(), at.number
+
+    def show(self, at, names, state):
+        """Write what the page shows; while the run is 'running' at most every two seconds."""
+        now, every, total = time.time(), self.options.save_every, self.options.phases * self.options.iterations
+        if state == 'running' and now < self.shown + 2:
+            return
+        if not self.shown:
+            self.write_page(at.frames)
+        seconds = (now - self.start) / max(1, at.number - self.first)
+        later = sum(self.costs[at.phase + 1:]) / self.costs[at.phase] * self.options.iterations
+        frame = (at.number - 1) // every * every
+        write_text(os.path.join(at.frames, 'watch.js'), 'watch({})\n'.format(json.dumps(dict(
+            state=state, time=now, number=at.number, total=total, phase=at.phase, phases=self.options.phases,
+            seconds=seconds, left=seconds * (self.options.iterations - at.evaluation + later), names=names,
+            frame=f'{frame:04d}.png', losses=at.losses[::1 + len(at.losses) // self.POINTS]))))
+        self.shown = now
+
+    def write_page(self, folder):
+        """Write ``watch.html`` from that in ``samples/``, where it is; pictures and names are inside it."""
+        template = beside('samples/watch.html')
+        if not os.path.isfile(template):
+            return
+        facts = dict(title=os.path.basename(self.options.output), size=self.inputs.size, before=None)
+        if self.inputs.content is not None:
+            small = io.BytesIO()
+            Image.fromarray(limited(self.inputs.content, 640, Image.LANCZOS)).save(small, 'JPEG', quality=85)
+            facts['before'] = 'data:image/jpeg;base64,' + base64.b64encode(small.getvalue()).decode()
+        with open(template, encoding='utf-8') as file:                  # <: a name cannot end the script
+            page = file.read().replace('FACTS</', json.dumps(facts).replace('<', r'\u003c') + '</')
+        write_text(os.path.join(folder, 'watch.html'), page)
+
+
+def write_text(path, text):
+    """Write a text file atomically."""
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+def write_figure(path, journal, at):
+    """Write the run's figure; returns a line that says so."""
+    figure, iterations = import_beside('samples/figure.py', '--figure'), journal.options.iterations
+    panels = figure.panels_of(journal.inputs, journal.pixels(at.minimiser.image, journal.inputs.size))
+    write_image(figure.figure(panels, journal.names, at.losses, range(0, at.losses[-1][0] + 1, iterations)), path)
+    return f'  - Figure: `{path}`.'
+
+
+def write_animation(path, journal, at):
+    """Write the animation of the run's frames; returns a line that says so, or why not."""
+    frames = [os.path.join(at.frames or '', f'{number:04d}.png')
+              for number in range(0, at.number, journal.options.save_every)]
+    frames = list(filter(os.path.isfile, frames))
+    if not frames:
+        return '  - There are no frames, and so no animation.'
+    (first, *rest), durations = import_beside('samples/figure.py', '--figure').animation(frames, journal.inputs.size)
+    write_image(first, path, save_all=True, append_images=rest, duration=durations, loop=0)
+    return f'  - Animation: `{path}`.'
+
+
 def paint_and_save(objective, inputs, options, at, journal):
     """Paint, and save the image also after an error or signal; returns the exit code."""
     start, device, places = time.time(), at.header['device'], journal.places
@@ -4157,6 +4297,7 @@ def paint_and_save(objective, inputs, options, at, journal):
         if journal.save(at):
             saved = f'the image so far is in {kept(journal.places)}; --resume goes on from there'
         journal.keep_now(at)
+        journal.finish(at, 'been interrupted')
         say(f'\n{bold("Interrupted")} after {at.number} evaluations on device `{device}`: {saved}.')
         return 128 + interruption.args[0]
     except FloatingPointError:
@@ -4171,6 +4312,7 @@ def paint_and_save(objective, inputs, options, at, journal):
         raise
     if journal.saved is None:
         raise UserError('The result could not be written anywhere.', 'make room, and --resume')
+    journal.finish(at, 'ended')
     with contextlib.suppress(OSError):
         os.unlink(places.checkpoint)
     say(f'\n{bold("Optimization finished")} in {time.time() - start:.1f}s, average pixel error {at.error:.1f}, '
