@@ -1215,6 +1215,7 @@ def run_alone(options, places, inputs, remarks):
     at.header |= dict(device=device, slices=choose_slices(inputs, options, device))
     objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, device == 'cpu',
                           inputs.style_alpha is not None, at.header['slices'])
+    objective = Remembered(objective, options, memory_needed(inputs.size, inputs.style.shape[1::-1], options))
     del weights, network                                                # free memory: the objective has copies
     return paint_and_save(objective, inputs, options, at, Journal(options, places, inputs.size, at))
 
@@ -1711,7 +1712,15 @@ def memory_needed(size, style_size, options):
     area, style_area, copies = math.prod(size), math.prod(style_size), copy_count(options)
     making = 250 * style_area + (1.66 * style + 0.62 * matched) * copies * style_area
     painting = (1.46 * floats(names) + 1.29 * style) * area + 0.98 * matched * copies * style_area
-    return max(254e6 + 11 * weights, 281e6 + 6.9 * weights + max(making, painting), 950e6 * bool(options.auto_maps))
+    needed = max(254e6 + 11 * weights, 281e6 + 6.9 * weights + max(making, painting), 950e6 * bool(options.auto_maps))
+    return needed + min(REMEMBERED * evaluation_memory(size, options), needed / 20)         # see `Remembered`
+
+
+def evaluation_memory(size, options):
+    """Bytes in which `Remembered` keeps an evaluation, its gradient and its matches; 0 where it keeps none."""
+    patched = options.style_layers if style_term(options).patched else []
+    pixel = 3 * 4 + sum(8 / stride(name) ** 2 for name in patched)
+    return 0 if options.variety or options.cache else pixel * math.prod(size)
 
 
 MORE_MEMORY = 'raise docker run --memory, or on Docker Desktop the memory in its settings'
@@ -2348,6 +2357,58 @@ class MatchingOp(CompiledOp):
     def c_code(self, node, name, inputs, outputs, sub):
         missing = ['NULL'] * (5 - len(inputs))
         return self.call('matching', [*inputs, *missing, *(f'&{output}' for output in outputs), *missing], sub)
+
+
+REMEMBERED = 24                                                       # evaluations; a line search has at most 20
+
+
+class Remembered:
+    """An `Objective` that does not compute again what is among its last `REMEMBERED` evaluations in this phase.
+
+    L-BFGS comes to the same images again when a line search fails, for then it starts anew. Losses, gradient and
+    matches are the same, bit for bit. Nothing is remembered where the image alone does not determine them: with
+    --variety they depend on the evaluation before, with --cache on the image from which the matches are.
+
+    Parameters
+    ----------
+    objective : Objective
+    options : argparse.Namespace
+    memory : float
+        Bytes that the run needs, of which a 21st, 5 % of the rest, is for this. Where that is too little for all, some
+        are left out, and in a cycle always the same.
+    """
+
+    def __init__(self, objective, options, memory):
+        self.objective, self.options, self.memory = objective, options, memory / 21
+
+    def __getattr__(self, name):
+        return getattr(self.objective, name)
+
+    def set_phase(self, *arguments):
+        """`Objective.set_phase`, which makes all before invalid; its fifth argument is the size of the image."""
+        self.kept, self.number, each = {}, 0, evaluation_memory(arguments[4], self.options)
+        self.room = each and min(REMEMBERED, int(self.memory / each))
+        self.objective.set_phase(*arguments)
+
+    def __call__(self, x):
+        """As `Objective.__call__`; `seconds` tell what was not computed."""
+        if not self.room:
+            return self.objective(x)
+        start, x, self.number = time.perf_counter(), np.float32(x), self.number + 1
+        key = hashlib.blake2b(x).digest()
+        if key in self.kept:
+            _, found, state = self.kept[key]
+            self.objective.restore(state)
+            evaluation = found._replace(gradient=np.float64(found.gradient), seconds=time.perf_counter() - start,
+                                        matching_seconds=found.matching_seconds and 0.)
+        else:
+            evaluation, state = self.objective(x), self.objective.state()
+            found = evaluation._replace(gradient=np.float32(evaluation.gradient))        # Theano's is of float32
+        self.kept[key] = self.number, found, state
+        self.kept = {key: entry for key, entry in self.kept.items() if entry[0] > self.number - REMEMBERED}
+        while len(self.kept) > self.room:
+            del self.kept[min(self.kept)]
+        return evaluation
 
 
 def define_ops():

@@ -1,9 +1,14 @@
 """L-BFGS-B and the way through the phases, on losses that need no network."""
 import contextlib
+import json
+import os
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import optimize
 
 from conftest import NoNetwork, first_quick, minimised
@@ -263,3 +268,77 @@ def test_matches_of_a_forged_checkpoint_are_refused(doodle, name, forged):
         objective.restore(state | {name: forged(state.get(name))})
     objective.restore(state)
     assert objective(image).total == loss
+
+
+# ---- what repeats ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def textured(doodle, tmp_path, monkeypatch, capsys, handlers):
+    """Paint a small texture, whose line searches fail from evaluation 70 on, by the program with a thin network.
+
+    textured('--resume', ..., stop=110) gets SIGTERM after evaluation 110. Returns the exit code, what was said, log
+    (without header and seconds), frames and result, and how many evaluations were `computed`.
+    """
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.default_rng(5).integers(0, 256, (32, 28, 3), np.uint8)).save('a.png')
+    weights = doodle.Weights('vgg19', {name[4:]: pair for name, pair in thin_weights().items()}, '', '')
+    monkeypatch.setattr(doodle, 'find_weights', lambda _: (weights, []))
+    monkeypatch.setattr(doodle, 'import_theano', lambda device: (device, None))
+
+    def textured(*arguments, stop=None):
+        seen, evaluate, record = SimpleNamespace(computed=0), doodle.Objective.__call__, doodle.Journal.record
+
+        def counted(objective, x):
+            seen.computed += 1
+            return evaluate(objective, x)
+
+        def recorded(journal, at, *evaluation):
+            record(journal, at, *evaluation)
+            if at.number == stop:
+                signal.raise_signal(signal.SIGTERM)
+        with monkeypatch.context() as patched:
+            patched.setattr(doodle.Objective, '__call__', counted)
+            patched.setattr(doodle.Journal, 'record', recorded)
+            seen.code = doodle.main(['--style=a.png', '--semantic-weight=0', '--style-layers=2_1', '--phases=1',
+                                     '--iterations=120', '--random-seed=1', '--save-every=8', '--log=log', *arguments])
+        seen.out = capsys.readouterr().out
+        seen.log = [{name: value for name, value in json.loads(line).items() if 'seconds' not in name}
+                    for line in Path('log').read_text().splitlines()[1:]]
+        seen.files = {path.name: path.read_bytes() for path in [*Path('frames').glob('0*.png'), Path('output.png')]}
+        if not seen.code:
+            for path in (*Path('frames').iterdir(), 'log'):
+                os.remove(path)
+        return seen
+    return textured
+
+
+def test_what_was_evaluated_not_long_ago_is_not_computed_again_and_all_is_the_same(doodle, textured, monkeypatch):
+    remembering, stopped = textured(), textured(stop=110)
+    resumed = textured('--resume')
+    monkeypatch.setattr(doodle, 'REMEMBERED', 0)
+    forgetting = textured()
+    assert forgetting.computed == len(forgetting.log) == 120 and remembering.computed < 105 and stopped.code == 143
+    assert len({entry['total'] for entry in stopped.log[-30:]}) < 20                   # in the midst of a cycle
+    for run in (remembering, resumed):
+        assert (run.code, run.log, run.files) == (0, forgetting.log, forgetting.files)
+
+
+@pytest.mark.parametrize('room, length, computed', [(24, 24, 24), (24, 25, 75), (7, 9, 7 + 3 * 2), (1, 3, 1 + 3 * 2)])
+def test_of_a_cycle_too_long_to_remember_a_part_is(doodle, monkeypatch, room, length, computed):
+    """A part that is the same in each cycle; but what comes again only after 24 others is forgotten."""
+    objective, options = Objective(doodle), doodle.parse_options(['--style=-'])
+    memory = 21 * room * doodle.evaluation_memory(SHAPE[:0:-1], options)
+    remembered, images = doodle.Remembered(objective, options, memory), [random(seed=k) for k in range(length)]
+    for _ in range(2):                                                                 # nothing is left of a phase
+        objective.asked.clear()
+        remembered.set_phase(None, None, None, None, SHAPE[:0:-1], None)
+        for image in 3 * images:
+            remembered(image)
+        assert len(objective.asked) == computed
+
+
+@pytest.mark.parametrize('option', ['--variety=0.1', '--cache=1'])
+def test_nothing_is_remembered_where_the_image_alone_does_not_tell(doodle, textured, option):
+    done = textured(option, '--iterations=20', '--seed=content', '--content=a.png', '--style-weight=0',
+                    '--content-weight=0', '--smoothness=0')                            # it stays where it is
+    assert done.computed == 20 and len({entry['gradient_max'] for entry in done.log}) == 1

@@ -74,6 +74,7 @@ def painted(doodle, tmp_path, monkeypatch, capsys, handlers):
         monkeypatch.setattr(doodle, 'find_weights', lambda options: (
             doodle.Weights('vgg16', None, 'a file', f'checksum of {options.weights}'), []))
         monkeypatch.setattr(doodle, 'Objective', Objective)
+        monkeypatch.setattr(doodle, 'REMEMBERED', 0)                    # its history is not known by the image
         monkeypatch.setattr(doodle, 'import_theano', lambda device: (device, None))
         flags = {argument.split('=')[0] for argument in arguments}
         seen.code = doodle.main([*(option for option in given if option.split('=')[0] not in flags), *arguments])
