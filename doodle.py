@@ -259,7 +259,8 @@ OPTIONS = {'pictures': (
     ('--cache',           SAME, parse_switch,  '0',           '1: find the matches once a phase only'),
 ), 'optimisation': (
     ('--phases',          SAME, parse_natural, '3',           'number of scales, each twice the one before'),
-    ('--iterations',      SAME, parse_natural, '100',         'evaluations of the loss in each phase'),
+    ('--iterations',      SAME, parse_natural, '100',         'evaluations of the loss in each phase, at most'),
+    ('--stop-when-converged', FREE, parse_switch, '1',        '0: go on also where a phase can only repeat itself'),
 ), 'machine and files': (
     ('--device',          FREE, parse_device,  'cpu',         'cpu, gpu0, gpu1, ..; also cuda0, opencl0:0'),
     ('--network',         FREE, parse_network, None,          'vgg19 or vgg16; without it VGG19, else the bundled one'),
@@ -1056,6 +1057,11 @@ class Minimiser:
         self.recovered = True
         self.start()
 
+    def restart(self):
+        """A checksum of all that determines what follows, where it has just started or restarted; else None."""
+        if tuple(self.task) in ((0, 0), (3, 301)):
+            return hashlib.sha256(self.image.tobytes() + repr((self.limit, self.recovered)).encode()).hexdigest()
+
     def state(self):
         """All attributes as arrays by name; not copied."""
         return {name: np.asarray(value) for name, value in vars(self).items()}
@@ -1136,6 +1142,8 @@ def paint(objective, inputs, options, at, journal, signals):
         journal.begin(at, size, objective)
         while at.evaluation < options.iterations:
             journal.keep(at)
+            if options.stop_when_converged and not options.variety:     # else the image alone determines a loss
+                at.skip(options.iterations, journal)
             try:
                 evaluate(objective, at, journal, signals)
             except FloatingPointError as error:
@@ -3826,16 +3834,31 @@ class Checkpoint:
     frames: str = None                                                  # the folder of `claim_frames`
     minimiser: Minimiser = None
     memory: dict = None                                                 # `Objective.state`
+    restarts: dict = dataclasses.field(default_factory=dict)            # {`Minimiser.restart`: [evaluation, error]}
 
     def begin(self, phase, image, objective):
         """Start a phase from an image."""
         self.phase, self.evaluation, self.error = phase, 0, 255.
-        self.minimiser, self.memory = Minimiser(image), objective.state()
+        self.minimiser, self.memory, self.restarts = Minimiser(image), objective.state(), {}
 
     def count(self, largest):
         """Count an evaluation, whose `largest` |gradient| of a pixel is known."""
         self.evaluation, self.number = self.evaluation + 1, self.number + 1
         self.error = 0.9 * self.error + 0.1 * min(largest, 255)
+
+    def skip(self, iterations, journal):
+        """Count as done, and record, what is certain to repeat: whole cycles, but for the last evaluation of a phase.
+
+        Where the minimiser starts anew as it did before, all between repeats itself for ever.
+        """
+        if not self.memory['fresh'] and (state := self.minimiser.restart()):
+            before, error = self.restarts.setdefault(state, [self.evaluation, self.error])
+            cycle = self.evaluation - before
+            if skipped := cycle and (iterations - 1 - self.evaluation) // cycle * cycle:
+                journal.skip(self, cycle, skipped)
+                self.evaluation, self.number = self.evaluation + skipped, self.number + skipped
+                limit = (self.error - 0.9 ** cycle * error) / (1 - 0.9 ** cycle)        # after so many cycles
+                self.error = limit + 0.9 ** skipped * (self.error - limit)
 
 
 def provenance(inputs, weights, options):
@@ -3970,9 +3993,16 @@ def check_progress(at, header):
             0 <= at.phase < phases and 0 <= at.evaluation <= iterations and
             0 < at.number == at.phase * iterations + at.evaluation and
             type(at.error) is float and 0 <= at.error <= 255 and type(at.frames) in (str, type(None)) and
-            type(at.header['random_seed']) is int and 0 <= at.header['random_seed'] < 10 ** 9):
+            sound_restarts(at) and type(at.header['random_seed']) is int and 0 <= at.header['random_seed'] < 10 ** 9):
         raise ValueError('its numbers are none that a run counts')
     return Minimiser(np.zeros((3, *phase_size(header['shapes']['output'], at.phase, phases))))
+
+
+def sound_restarts(at):
+    """Whether the `restarts` of a checkpoint are of evaluations in its phase."""
+    return type(at.restarts) is dict and all(
+        type(evaluation) is int and 0 < evaluation <= at.evaluation and type(error) is float and 0 <= error <= 255
+        for evaluation, error in at.restarts.values())
 
 
 def differing(then, now):
@@ -4111,6 +4141,13 @@ class Journal:
             if self.unwritten and self.options.log not in self.told:
                 self.lose_lines()
             self.log.close()
+
+    def skip(self, at, cycle, skipped):
+        """Say that the phase only repeats its last `cycle` evaluations, and that `skipped` more are not made."""
+        self.say(f'  - After {at.evaluation} evaluations this phase has converged: it would repeat the last {cycle} '
+                 f'for ever, and skips {skipped}.')
+        self.write_log(dict(phase=at.phase, evaluation=at.evaluation, cycle=cycle, skipped=skipped))
+        self.bar.update(skipped)
 
     def keep(self, at):
         """Write a checkpoint every 10 evaluations, or as often as frames if that is more often."""

@@ -28,7 +28,8 @@ DEFAULTS = dict(
     smoothness=1.0, variety=0.0, seed='noise', seed_range=(16.0, 240.0),
     iterations=100, device='cpu', print_every=10, save_every=10)
 OURS = dict(method='champandard', rotations=0, scales=0, max_size=None, random_seed=None, network=None, weights=None,
-            frames='frames', log=None, resume=False, check=False, auto_maps=0)
+            frames='frames', log=None, resume=False, check=False, auto_maps=0,
+            stop_when_converged=1)
 
 NATURAL = ['0', '-1', '1.5', 'ten', '']
 WHOLE = ['-1', '1.5', 'ten', '']
@@ -40,7 +41,8 @@ BAD = {
     '--output-size': ['640', '640x', 'x480', '0x480', '640x0', '640X480', '-640x480', '6.4x4', '6x4x3', ''],
     '--max-size': NATURAL, '--phases': NATURAL, '--iterations': NATURAL, '--slices': NATURAL,
     '--random-seed': WHOLE, '--print-every': WHOLE, '--save-every': WHOLE,
-    '--cache': ['2', '-1', 'yes', ''], '--auto-maps': ['1', '17', '-2', 'yes', ''],
+    '--cache': ['2', '-1', 'yes', ''], '--stop-when-converged': ['2', 'yes', ''],
+    '--auto-maps': ['1', '17', '-2', 'yes', ''],
     '--seed-range': ['16', '240:16', '-1:5', '0:256', 'a:b', 'nan:240', '16:nan', '1:2:3', ':', '1_6:240', '٣:9', ''],
     '--content-weight': WEIGHT, '--style-weight': WEIGHT, '--smoothness': WEIGHT, '--semantic-weight': BIAS,
     '--variety': BIAS,
