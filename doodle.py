@@ -271,7 +271,8 @@ OPTIONS = {'pictures': (
     ('--cache',           SAME, parse_switch,  '0',           '1: find the matches once a phase only'),
 ), 'optimisation': (
     ('--phases',          SAME, parse_natural, '3',           'number of scales, each twice the one before'),
-    ('--iterations',      SAME, parse_natural, '100',         'evaluations of the loss in each phase'),
+    ('--iterations',      SAME, parse_natural, '100',         'evaluations of the loss in each phase, at most'),
+    ('--stop-when-converged', FREE, parse_switch, '1',        '0: go on also where a phase can only repeat itself'),
 ), 'machine and files': (
     ('--device',          FREE, parse_device,  'cpu',         'cpu, gpu0, gpu1, ..; also cuda0, opencl0:0'),
     ('--network',         FREE, parse_network, None,          'vgg19 or vgg16; without it VGG19, else the bundled one'),
@@ -1090,6 +1091,11 @@ class Minimiser:
         self.recovered = True
         self.start()
 
+    def restart(self):
+        """A checksum of all that determines what follows, where it has just started or restarted; else None."""
+        if tuple(self.task) in ((0, 0), (3, 301)):
+            return hashlib.sha256(self.image.tobytes() + repr((self.limit, self.recovered)).encode()).hexdigest()
+
     def state(self):
         """All attributes as arrays by name; not copied."""
         return {name: np.asarray(value) for name, value in vars(self).items()}
@@ -1170,6 +1176,8 @@ def paint(objective, inputs, options, at, journal, signals):
         journal.begin(at, size, objective)
         while at.evaluation < options.iterations:
             journal.keep(at)
+            if options.stop_when_converged and not options.variety:     # else the image alone determines a loss
+                at.skip(options.iterations, journal)
             try:
                 evaluate(objective, at, journal, signals)
             except FloatingPointError as error:
@@ -1249,6 +1257,7 @@ def run_alone(options, places, inputs, remarks):
     at.header |= dict(device=device, slices=choose_slices(inputs, options, device))
     objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, device == 'cpu',
                           inputs.style_alpha is not None, at.header['slices'])
+    objective = Remembered(objective, options, memory_needed(inputs.size, inputs.style.shape[1::-1], options))
     del weights, network                                                # free memory: the objective has copies
     return paint_and_save(objective, inputs, options, at, Journal(options, places, inputs, at))
 
@@ -1745,7 +1754,15 @@ def memory_needed(size, style_size, options):
     area, style_area, copies = math.prod(size), math.prod(style_size), copy_count(options)
     making = 250 * style_area + (1.66 * style + 0.62 * matched) * copies * style_area
     painting = (1.46 * floats(names) + 1.29 * style) * area + 0.98 * matched * copies * style_area
-    return max(254e6 + 11 * weights, 281e6 + 6.9 * weights + max(making, painting), 950e6 * bool(options.auto_maps))
+    needed = max(254e6 + 11 * weights, 281e6 + 6.9 * weights + max(making, painting), 950e6 * bool(options.auto_maps))
+    return needed + min(REMEMBERED * evaluation_memory(size, options), needed / 20)         # see `Remembered`
+
+
+def evaluation_memory(size, options):
+    """Bytes in which `Remembered` keeps an evaluation, its gradient and its matches; 0 where it keeps none."""
+    patched = options.style_layers if style_term(options).patched else []
+    pixel = 3 * 4 + sum(8 / stride(name) ** 2 for name in patched)
+    return 0 if options.variety or options.cache else pixel * math.prod(size)
 
 
 MORE_MEMORY = 'raise docker run --memory, or on Docker Desktop the memory in its settings'
@@ -2384,6 +2401,58 @@ class MatchingOp(CompiledOp):
     def c_code(self, node, name, inputs, outputs, sub):
         missing = ['NULL'] * (5 - len(inputs))
         return self.call('matching', [*inputs, *missing, *(f'&{output}' for output in outputs), *missing], sub)
+
+
+REMEMBERED = 24                                                       # evaluations; a line search has at most 20
+
+
+class Remembered:
+    """An `Objective` that does not compute again what is among its last `REMEMBERED` evaluations in this phase.
+
+    L-BFGS comes to the same images again when a line search fails, for then it starts anew. Losses, gradient and
+    matches are the same, bit for bit. Nothing is remembered where the image alone does not determine them: with
+    --variety they depend on the evaluation before, with --cache on the image from which the matches are.
+
+    Parameters
+    ----------
+    objective : Objective
+    options : argparse.Namespace
+    memory : float
+        Bytes that the run needs, of which a 21st, 5 % of the rest, is for this. Where that is too little for all, some
+        are left out, and in a cycle always the same.
+    """
+
+    def __init__(self, objective, options, memory):
+        self.objective, self.options, self.memory = objective, options, memory / 21
+
+    def __getattr__(self, name):
+        return getattr(self.objective, name)
+
+    def set_phase(self, *arguments):
+        """`Objective.set_phase`, which makes all before invalid; its fifth argument is the size of the image."""
+        self.kept, self.number, each = {}, 0, evaluation_memory(arguments[4], self.options)
+        self.room = each and min(REMEMBERED, int(self.memory / each))
+        self.objective.set_phase(*arguments)
+
+    def __call__(self, x):
+        """As `Objective.__call__`; `seconds` tell what was not computed."""
+        if not self.room:
+            return self.objective(x)
+        start, x, self.number = time.perf_counter(), np.float32(x), self.number + 1
+        key = hashlib.blake2b(x).digest()
+        if key in self.kept:
+            _, found, state = self.kept[key]
+            self.objective.restore(state)
+            evaluation = found._replace(gradient=np.float64(found.gradient), seconds=time.perf_counter() - start,
+                                        matching_seconds=found.matching_seconds and 0.)
+        else:
+            evaluation, state = self.objective(x), self.objective.state()
+            found = evaluation._replace(gradient=np.float32(evaluation.gradient))        # Theano's is of float32
+        self.kept[key] = self.number, found, state
+        self.kept = {key: entry for key, entry in self.kept.items() if entry[0] > self.number - REMEMBERED}
+        while len(self.kept) > self.room:
+            del self.kept[min(self.kept)]
+        return evaluation
 
 
 def define_ops():
@@ -3851,16 +3920,31 @@ class Checkpoint:
     minimiser: Minimiser = None
     memory: dict = None                                                 # `Objective.state`
     losses: list = dataclasses.field(default_factory=list)              # (number, total, each term) by evaluation
+    restarts: dict = dataclasses.field(default_factory=dict)            # {`Minimiser.restart`: [evaluation, error]}
 
     def begin(self, phase, image, objective):
         """Start a phase from an image."""
         self.phase, self.evaluation, self.error = phase, 0, 255.
-        self.minimiser, self.memory = Minimiser(image), objective.state()
+        self.minimiser, self.memory, self.restarts = Minimiser(image), objective.state(), {}
 
     def count(self, largest):
         """Count an evaluation, whose `largest` |gradient| of a pixel is known."""
         self.evaluation, self.number = self.evaluation + 1, self.number + 1
         self.error = 0.9 * self.error + 0.1 * min(largest, 255)
+
+    def skip(self, iterations, journal):
+        """Count as done, and record, what is certain to repeat: whole cycles, but for the last evaluation of a phase.
+
+        Where the minimiser starts anew as it did before, all between repeats itself for ever.
+        """
+        if not self.memory['fresh'] and (state := self.minimiser.restart()):
+            before, error = self.restarts.setdefault(state, [self.evaluation, self.error])
+            cycle = self.evaluation - before
+            if skipped := cycle and (iterations - 1 - self.evaluation) // cycle * cycle:
+                journal.skip(self, cycle, skipped)
+                self.evaluation, self.number = self.evaluation + skipped, self.number + skipped
+                limit = (self.error - 0.9 ** cycle * error) / (1 - 0.9 ** cycle)        # after so many cycles
+                self.error = limit + 0.9 ** skipped * (self.error - limit)
 
 
 def provenance(inputs, weights, options):
@@ -4002,9 +4086,16 @@ def check_progress(at, header):
             0 <= at.phase < phases and 0 <= at.evaluation <= iterations and
             0 < at.number == at.phase * iterations + at.evaluation and
             type(at.error) is float and 0 <= at.error <= 255 and type(at.frames) in (str, type(None)) and
-            type(at.header['random_seed']) is int and 0 <= at.header['random_seed'] < 10 ** 9):
+            sound_restarts(at) and type(at.header['random_seed']) is int and 0 <= at.header['random_seed'] < 10 ** 9):
         raise ValueError('its numbers are none that a run counts')
     return Minimiser(np.zeros((3, *phase_size(header['shapes']['output'], at.phase, phases))))
+
+
+def sound_restarts(at):
+    """Whether the `restarts` of a checkpoint are of evaluations in its phase."""
+    return type(at.restarts) is dict and all(
+        type(evaluation) is int and 0 < evaluation <= at.evaluation and type(error) is float and 0 <= error <= 255
+        for evaluation, error in at.restarts.values())
 
 
 def differing(then, now):
@@ -4171,6 +4262,13 @@ class Journal:
                 self.lose_lines()
             self.log.close()
 
+    def skip(self, at, cycle, skipped):
+        """Say that the phase only repeats its last `cycle` evaluations, and that `skipped` more are not made."""
+        self.say(f'  - After {at.evaluation} evaluations this phase has converged: it would repeat the last {cycle} '
+                 f'for ever, and skips {skipped}.')
+        self.write_log(dict(phase=at.phase, evaluation=at.evaluation, cycle=cycle, skipped=skipped))
+        self.bar.update(skipped)
+
     def keep(self, at):
         """Write a checkpoint every 10 evaluations, or as often as frames if that is more often."""
         if at.number % min(self.options.save_every or 10, 10) == 0:
@@ -4236,11 +4334,11 @@ class Page:
             self.write_page(at.frames)
         seconds = (now - self.start) / max(1, at.number - self.first)
         later = sum(self.costs[at.phase + 1:]) / self.costs[at.phase] * self.options.iterations
-        frame = (at.number - 1) // every * every
+        frames = (f'{number:04d}.png' for number in range((at.number - 1) // every * every, -1, -every))
         write_text(os.path.join(at.frames, 'watch.js'), 'watch({})\n'.format(json.dumps(dict(
             state=state, time=now, number=at.number, total=total, phase=at.phase, phases=self.options.phases,
             seconds=seconds, left=seconds * (self.options.iterations - at.evaluation + later), names=names,
-            frame=f'{frame:04d}.png', losses=at.losses[::1 + len(at.losses) // self.POINTS]))))
+            frame=next((name for name in frames if os.path.isfile(os.path.join(at.frames, name))), None), losses=at.losses[::1 + len(at.losses) // self.POINTS]))))
         self.shown = now
 
     def write_page(self, folder):

@@ -68,7 +68,8 @@ def made(folder):
             minimiser.tell(*loss(minimiser.ask()))
         matches = {'matches 3_1': np.arange(9), 'history 3_1': np.zeros(7, np.float32), 'fresh': np.array(False)}
         path = os.path.join(folder, str(number))
-        doodle.write_checkpoint(path, doodle.Checkpoint(header, 0, number, number, 9., folder, minimiser, matches))
+        doodle.write_checkpoint(path, doodle.Checkpoint(header, 0, number, number, 9., folder, minimiser, matches,
+                                                        {minimiser.restart() or '': [1, 9.]}))
         yield header, path, go_on(minimiser)
 
 

@@ -29,7 +29,8 @@ DEFAULTS = dict(
     iterations=100, device='cpu', print_every=10, save_every=10)
 OURS = dict(method='champandard', rotations=0, scales=0, max_size=None, random_seed=None, network=None, weights=None,
             frames='frames', log=None, resume=False, check=False, auto_maps=0,
-            style_scale=1, keep_colors=False, figure=None, animation=None)
+            style_scale=1, keep_colors=False, figure=None, animation=None,
+            stop_when_converged=1)
 
 NATURAL = ['0', '-1', '1.5', 'ten', '']
 WHOLE = ['-1', '1.5', 'ten', '']
@@ -41,7 +42,8 @@ BAD = {
     '--output-size': ['640', '640x', 'x480', '0x480', '640x0', '640X480', '-640x480', '6.4x4', '6x4x3', ''],
     '--max-size': NATURAL, '--phases': NATURAL, '--iterations': NATURAL, '--slices': NATURAL,
     '--random-seed': WHOLE, '--print-every': WHOLE, '--save-every': WHOLE,
-    '--cache': ['2', '-1', 'yes', ''], '--auto-maps': ['1', '17', '-2', 'yes', ''],
+    '--cache': ['2', '-1', 'yes', ''], '--stop-when-converged': ['2', 'yes', ''],
+    '--auto-maps': ['1', '17', '-2', 'yes', ''],
     '--seed-range': ['16', '240:16', '-1:5', '0:256', 'a:b', 'nan:240', '16:nan', '1:2:3', ':', '1_6:240', '٣:9', ''],
     '--content-weight': WEIGHT, '--style-weight': WEIGHT, '--smoothness': WEIGHT, '--semantic-weight': BIAS,
     '--variety': BIAS, '--style-scale': ['0', '0.09', '10.1', '-1', 'nan', '1e400', 'big', ''],
