@@ -4335,10 +4335,11 @@ class Page:
         seconds = (now - self.start) / max(1, at.number - self.first)
         later = sum(self.costs[at.phase + 1:]) / self.costs[at.phase] * self.options.iterations
         frames = (f'{number:04d}.png' for number in range((at.number - 1) // every * every, -1, -every))
+        newest = next((name for name in frames if os.path.isfile(os.path.join(at.frames, name))), None)
         write_text(os.path.join(at.frames, 'watch.js'), 'watch({})\n'.format(json.dumps(dict(
             state=state, time=now, number=at.number, total=total, phase=at.phase, phases=self.options.phases,
             seconds=seconds, left=seconds * (self.options.iterations - at.evaluation + later), names=names,
-            frame=next((name for name in frames if os.path.isfile(os.path.join(at.frames, name))), None), losses=at.losses[::1 + len(at.losses) // self.POINTS]))))
+            frame=newest, losses=at.losses[::1 + len(at.losses) // self.POINTS]))))
         self.shown = now
 
     def write_page(self, folder):

@@ -209,7 +209,7 @@ def test_the_result_is_written_after_every_phase_at_full_size(doodle, painted):
 @pytest.mark.parametrize('evaluations', [5, 6, 7, 15, 20])
 def test_an_interruption_leaves_the_last_accepted_image(doodle, painted, evaluations):  # fault 16
     objective = Objective(doodle, pull=.5, fails_at=evaluations)
-    seen = painted(objective, '--phases=2', '--iterations=12')
+    seen = painted(objective, '--phases=2', '--iterations=12', '--stop-when-converged=0')
     written = doodle.read_picture('out.png').pixels
     assert (written == doodle.to_pixels(seen.at.minimiser.image, (96, 112))).all()
     assert (written != doodle.to_pixels(objective.asked[0], (96, 112))).any()
