@@ -41,6 +41,7 @@ Papers:
     [C16]   Champandard: Semantic Style Transfer and Turning Two-Bit Doodles into Fine Artworks. arXiv 1603.01768
     [LG15]  Lavin, Gray: Fast Algorithms for Convolutional Neural Networks. arXiv 1509.09308
     [MV15]  Mahendran, Vedaldi: Understanding Deep Image Representations. arXiv 1412.0035
+    [BSFG09] Barnes, Shechtman, Finkelstein, Goldman: PatchMatch. ACM Transactions on Graphics 28, 2009
     [BLNZ95] Byrd, Lu, Nocedal, Zhu: A Limited Memory Algorithm for Bound Constrained Optimization
 """
 import sys
@@ -230,14 +231,14 @@ METHODS = {
 }
 
 parse_method, parse_network, parse_switch = one_of(*METHODS), one_of('vgg19', 'vgg16'), one_of(0, 1)
-parse_steps = one_of(*range(13))                                        # 12 steps: 90 degrees, or a factor of 0.4
+parse_steps, parse_search = one_of(*range(13)), one_of('exact', 'near')  # 12 steps: 90 degrees, or a factor of 0.4
 parse_weight, parse_bias = up_to('1e20'), up_to('1e6')                # keep losses finite, features above rounding
 
 # Placeholders of values in --help.
 VALUES = {parse_path: 'PATH', str: 'EXT', parse_size: 'WxH', parse_natural: 'N', parse_whole: 'N', parse_seed: 'SEED',
           parse_parts: 'N|faces', parse_range: 'LO:HI', parse_method: 'NAME', parse_weight: 'X', parse_layers: 'LAYERS',
-          parse_scale: 'X', parse_bias: 'X', parse_steps: 'N', parse_switch: '0|1', parse_device: 'DEVICE',
-          parse_network: 'NAME'}
+          parse_scale: 'X', parse_bias: 'X', parse_steps: 'N', parse_switch: '0|1', parse_search: 'NAME',
+          parse_device: 'DEVICE', parse_network: 'NAME'}
 
 SAME, FREE = 'same', 'free'                                           # on --resume: must be as before, or may differ
 
@@ -269,6 +270,7 @@ OPTIONS = {'pictures': (
     ('--scales',          SAME, parse_steps,   '0',           'style copies, rescaled by 0.05 N times each way'),
     ('--slices',          FREE, parse_natural, None,          'batches of matching on a GPU; else its memory decides'),
     ('--cache',           SAME, parse_switch,  '0',           '1: find the matches once a phase only'),
+    ('--matching',        SAME, parse_search,  'exact',       'near: large pictures in linear time, nearly exact'),
 ), 'optimisation': (
     ('--phases',          SAME, parse_natural, '3',           'number of scales, each twice the one before'),
     ('--iterations',      SAME, parse_natural, '100',         'evaluations of the loss in each phase, at most'),
@@ -348,6 +350,9 @@ def parse_options(arguments):
     for name, default in own.items():
         if default is None and getattr(options, name):
             raise UserError(f'--method={options.method} has no --{name.replace("_", "-")}.', 'leave one of them out')
+    if options.matching == 'near' and (options.variety or not style_term(options).patched):
+        raise UserError('--matching=near is for patches, and not for --variety, which needs all their scores.',
+                        'leave one of them out')
     if not options.style:
         raise UserError('No style picture was given.', f'add --style PATH; to see one at work: {SAMPLE}')
     return options
@@ -743,7 +748,9 @@ class PatchTerm:
         self.scale = shared(1) if partial else None                     # b(j)
         self.history = shared(1) if options.variety else None           # h(j)
         self.matches = shared(1, 'int64')                               # j of each i
-        self.remembered = {'matches': self.matches} | ({'history': self.history} if self.history else {})
+        self.near = NearSearch(self.matches, options) if fast and options.matching == 'near' else None
+        self.remembered = {'matches': self.matches} | ({'history': self.history} if self.history else {}) | (
+            {'draws': self.near.draws} if self.near else {})
 
     @staticmethod
     def preparation(numbers, semantic):
@@ -763,6 +770,8 @@ class PatchTerm:
         """Symbolic matches of the image's features f (H, W, C), and updates of matches and history."""
         u = theano.gradient.disconnected_grad(self.key(f))
         scale = self.scale and (self.image_scale(u), self.scale)
+        if self.near:
+            return self.near.match(u, self.keys, scale)
         matches, history = self.match_patches(u, self.keys, self.slices, self.numbers['variety'], self.history, scale)
         return matches, [(self.matches, matches)] + ([(self.history, history)] if self.history else [])
 
@@ -839,7 +848,7 @@ class WholePatchTerm(PatchTerm):
 class GramTerm:
     """The style loss of a layer by its Gram matrix, over the number of layers [GEB16]; used as `PatchTerm` is."""
 
-    degree, power, patched, reads_maps, arrays, matches, remembered = 4, 1.25, False, False, 0, None, {}
+    degree, power, patched, reads_maps, arrays, matches, near, remembered = 4, 1.25, False, False, 0, None, None, {}
 
     def __init__(self, options, numbers, semantic, transparent, slices, fast):
         self.gram, self.layers = shared(2), len(options.style_layers)   # A, (C, C)
@@ -927,7 +936,7 @@ class Objective:
         mode = theano.Mode(theano.gof.vm.VM_Linker(use_cloop=True, schedule=depth_first))
         return theano.function([x], terms + [theano.grad(sum(terms), x)], updates=updates, profile=profile, mode=mode)
 
-    def set_phase(self, content, style, content_map, style_map, size, style_alpha=None):
+    def set_phase(self, content, style, content_map, style_map, size, style_alpha=None, near=False):
         """Set weights, targets and style terms, which are constant during a phase.
 
         Parameters
@@ -938,6 +947,8 @@ class Objective:
         size : (width, height) of the image
         style_alpha : array (h', w', 1) of any size, or None
             Pixels of 0 are left out: patches that lie wholly in them are not matched, and Gram matrices omit them.
+        near : bool
+            With --matching=near: whether there is a phase before, whose matches are the first guess.
         """
         for name, variable in self.numbers.items():
             variable.set_value(np.float32(getattr(self.options, name)))
@@ -948,10 +959,10 @@ class Objective:
             f = dict(zip(self.layers, self.features(np.float32(content))))
             for layer, target in self.target.items():
                 target.set_value(f[layer])
-        self.set_style(style, content_map, style_map, size, style_alpha)
+        self.set_style(style, content_map, style_map, size, style_alpha, near)
         self.fresh, self.size = True, size
 
-    def set_style(self, style, content_map, style_map, size, style_alpha):
+    def set_style(self, style, content_map, style_map, size, style_alpha, near):
         """The part of `set_phase` for the style terms."""
         steps = self.options.rotations, self.options.scales
         pictures = style_copies(style, *steps, Image.BICUBIC)
@@ -964,6 +975,8 @@ class Objective:
         copies = [{name: g for name, g in zip(self.layers, self.features(picture)) if name in self.style}
                   for picture in pictures]
         for layer, term in self.style.items():
+            if term.near:
+                term.near.begin(size, layer, [copy[layer].shape[:2] for copy in copies], near)
             g, whole = sheet([copy.pop(layer) for copy in copies])
             seen = pooled(alphas, layer)
             m = pooled_map(content_map, size, layer) if self.semantic else None
@@ -992,7 +1005,12 @@ class Objective:
     def matching_seconds(self):
         """Time that the engine spent in matching so far."""
         return self.fast and sum(seconds for node, seconds in self.matching.profile.apply_time.items()
-                                 if isinstance(node.op, Matching))
+                                 if isinstance(node.op, (Matching, NearMatching)))
+
+    @property
+    def pure(self):
+        """Whether a phase's losses depend on the image alone, not on a history nor on the matches before."""
+        return not self.options.variety and not any(term.near and term.near.sweeping() for term in self.style.values())
 
     def state(self):
         """Matches and histories of the last evaluation, as arrays by name."""
@@ -1010,11 +1028,13 @@ class Objective:
             kind, layer = name.split()
             values, before = state[name], variable.get_value(borrow=True)
             height, width, _ = self.style[layer].keys.get_value(borrow=True).shape
-            if kind == 'matches':                                       # those of a fresh state are never read
-                sound = self.fresh or (values.size == math.prod(side // stride(layer) - 2 for side in self.size)
+            if kind == 'matches':                                       # those of a fresh state are read by sweeps only
+                unread = self.fresh and not np.ravel(state.get(f'draws {layer}'))[:1].any()
+                sound = unread or (values.size == math.prod(side // stride(layer) - 2 for side in self.size)
                                        and 0 <= values.min() and values.max() < (height - 2) * (width - 2))
             else:
                 sound = values.shape == before.shape and np.isfinite(values).all()
+                sound &= kind != 'draws' or 0 <= values.min() and values[0] <= FIRST_SWEEPS
             if not sound or (values.dtype, values.ndim) != (before.dtype, 1):
                 raise tampered
             variable.set_value(values)
@@ -1166,7 +1186,7 @@ def paint(objective, inputs, options, at, journal, signals):
         with signals.heard():
             objective.set_phase(
                 None if inputs.content is None else to_planes(resized(inputs.content, size, Image.LANCZOS)),
-                to_planes(style), inputs.content_map, inputs.style_map, size, inputs.style_alpha)
+                to_planes(style), inputs.content_map, inputs.style_map, size, inputs.style_alpha, phase > 0)
         if at.minimiser and at.phase == phase:                          # a resumed run
             objective.restore(at.memory)
         elif at.minimiser:
@@ -1176,7 +1196,7 @@ def paint(objective, inputs, options, at, journal, signals):
         journal.begin(at, size, objective)
         while at.evaluation < options.iterations:
             journal.keep(at)
-            if options.stop_when_converged and not options.variety:     # else the image alone determines a loss
+            if options.stop_when_converged and objective.pure:          # the image alone determines a loss
                 at.skip(options.iterations, journal)
             try:
                 evaluate(objective, at, journal, signals)
@@ -1251,6 +1271,7 @@ def run_alone(options, places, inputs, remarks):
     remarks += lines
     at, lines = find_checkpoint(places.checkpoint, provenance(inputs, weights, options), options.resume)
     device = device or open_device(options, inputs)
+    options.random_seed = at.header['random_seed']
     for line in remarks + lines + [f'Random seed {at.header["random_seed"]}.']:
         say(f'  - {line}')
     say('  - Compiling ..')
@@ -2403,6 +2424,29 @@ class MatchingOp(CompiledOp):
         return self.call('matching', [*inputs, *missing, *(f'&{output}' for output in outputs), *missing], sub)
 
 
+class NearMatchingOp(CompiledOp):
+    """Nearly the matches of `Matching`, without a penalty, in linear time from a guess: PatchMatch [BSFG09].
+
+    A sweep tries for every patch i of the image, besides the match j that it has:
+    1. what the matches of others tell for it, each less its distance from i: those of the four neighbours of i, and of
+       four patches drawn up to 8 pixels away;
+    2. the eight neighbours of the best patch by then;
+    3. patches drawn around the best by then: up to the style's longer side away, up to half of that, and so on to 1.
+    Scores are those of `Matching`, of equal ones the first j counts. All patches read the matches of the sweep before,
+    and what is drawn depends on draws, i and the number of the draw alone: not on the order, nor on threads.
+    """
+
+    def code(self):
+        return MATCHING + NEAR_MATCHING
+
+    def make_node(self, u, v, a, b, guess, draws):
+        """`guess` ((H - 2) (W - 2),), and `draws`: sweeps to make, 0 for exact matches, and those made; both int64."""
+        return self.apply((u, v, a, b, guess, draws), (3, 3, 1, 1), [T.lvector()])
+
+    def c_code(self, node, name, inputs, outputs, sub):
+        return self.call('near_matching', [*inputs, f'&{outputs[0]}'], sub)
+
+
 REMEMBERED = 24                                                       # evaluations; a line search has at most 20
 
 
@@ -2411,7 +2455,8 @@ class Remembered:
 
     L-BFGS comes to the same images again when a line search fails, for then it starts anew. Losses, gradient and
     matches are the same, bit for bit. Nothing is remembered where the image alone does not determine them: with
-    --variety they depend on the evaluation before, with --cache on the image from which the matches are.
+    --variety and --matching=near they depend on the evaluation before, with --cache on the image from which the matches
+    are.
 
     Parameters
     ----------
@@ -2431,8 +2476,8 @@ class Remembered:
     def set_phase(self, *arguments):
         """`Objective.set_phase`, which makes all before invalid; its fifth argument is the size of the image."""
         self.kept, self.number, each = {}, 0, evaluation_memory(arguments[4], self.options)
-        self.room = each and min(REMEMBERED, int(self.memory / each))
         self.objective.set_phase(*arguments)
+        self.room = self.objective.pure and each and min(REMEMBERED, int(self.memory / each))
 
     def __call__(self, x):
         """As `Objective.__call__`; `seconds` tell what was not computed."""
@@ -2456,16 +2501,16 @@ class Remembered:
 
 
 def define_ops():
-    """Define the Ops `Convolution` and `Matching` once Theano, which has their base class, is imported.
+    """Define the Ops `Convolution`, `Matching`, `NearMatching` once Theano, which has their base class, is imported.
 
     Theano's compile cache uses the pickled name of an Op, so that the module is `doodle` also when it is __main__.
     """
-    global Convolution, Matching
+    global Convolution, Matching, NearMatching
     if 'Matching' not in globals():
         sys.modules.setdefault('doodle', sys.modules[__name__])
-        Convolution, Matching = (
+        Convolution, Matching, NearMatching = (
             type(theano.Op)(kind.__name__[:-2], (kind, theano.Op), dict(__props__=kind.props, __module__='doodle'))
-            for kind in (ConvolutionOp, MatchingOp))
+            for kind in (ConvolutionOp, MatchingOp, NearMatchingOp))
 
 
 def fast_convolution(W, b, pool):
@@ -2491,6 +2536,82 @@ def fast_match(u, v, slices, variety=None, history=None, scale=None):
         return Matching()(u, v, a, b), None
     matches, best = Matching()(u, v, a, b, np.float32(9) * variety * history)
     return matches, best / np.float32(9)
+
+
+# Sweeps of `NearMatching` in the first search of a phase, and in each later one.
+FIRST_SWEEPS, LATER_SWEEPS = 8, 2
+# Below so many pairs of an image's and a style's patch, those of 400x400 pixels at conv3_1, matches are always exact.
+NEAR_PAIRS = 10 ** 8
+
+
+class NearSearch:
+    """The matching of a style layer by `NearMatching`.
+
+    Parameters
+    ----------
+    matches : shared variable, int64 ((H - 2) (W - 2),)
+        Those of the evaluation before.
+    options : argparse.Namespace
+        Its random seed.
+    """
+
+    def __init__(self, matches, options):
+        self.matches, self.grids = matches, None
+        self.draws = theano.shared(np.array([0, (options.random_seed or 0) << 32]))
+
+    def match(self, u, v, scale):
+        """Symbolic matches, and updates, as `PatchTerm.match` returns them."""
+        matches = NearMatching()(u, v, *(scale or 2 * [np.zeros(0, np.float32)]), self.matches, self.draws)
+        draws = T.stack([T.minimum(self.draws[0], LATER_SWEEPS), T.sum(self.draws)])
+        return matches, [(self.matches, matches), (self.draws, draws)]
+
+    def sweeping(self):
+        """Whether matches come from those before, in this phase."""
+        return self.draws.get_value()[0] > 0
+
+    def begin(self, size, layer, copies, near):
+        """Begin a phase, `near` with the matches of the phase before as a guess, unless the pictures are small.
+
+        Parameters
+        ----------
+        size : (width, height) of the image
+        layer : str
+        copies : list of (h, w), of the style picture's features and of its copies'
+        near : bool
+        """
+        grids = tuple(side // stride(layer) for side in reversed(size)), copies
+        if self.grids:                                                  # else a run begins, or is resumed
+            self.matches.set_value(enlarged_matches(self.matches.get_value(), self.grids, grids))
+        pairs = math.prod(side - 2 for side in grids[0]) * sum((h - 2) * (w - 2) for h, w in copies)
+        self.grids = grids
+        self.draws.set_value(np.array([FIRST_SWEEPS * (near and pairs >= NEAR_PAIRS), self.draws.get_value()[1]]))
+
+
+def enlarged_matches(matches, old, new):
+    """Matches of a phase, mapped to the next.
+
+    Parameters
+    ----------
+    matches : int64 ((H - 2) (W - 2),) array
+    old, new : ((H, W), [(h, w), ...])
+        Sizes in both phases of the image's features, and of those of the pictures on the style's `sheet`.
+    """
+    (image, copies), (large_image, large_copies) = old, new
+    corners, rest = [], []                                              # of patches, by rows and by columns
+    for side, large in zip(image, large_image):
+        middle = np.arange(large - 2) + 1.5                             # of the new patches
+        corner = np.clip(np.int64(middle * side / large) - 1, 0, side - 3)
+        corners.append(corner)
+        rest.append(middle - (corner + 1.5) * large / side)
+    j = matches.reshape([side - 2 for side in image])[np.ix_(*corners)]                     # (H' - 2, W' - 2)
+    row, column = np.divmod(j, max(w for _, w in copies) - 2)
+    tops, large_tops = (np.cumsum([0] + [h for h, _ in pictures]) for pictures in (copies, large_copies))
+    copy = np.searchsorted(tops, row, 'right') - 1
+    (h, w), (large_h, large_w) = (np.transpose(pictures)[:, copy] for pictures in (copies, large_copies))
+    y = np.rint((row - tops[copy] + 1.5) * large_h / h - 1.5 + rest[0][:, None])
+    x = np.rint((column + 1.5) * large_w / w - 1.5 + rest[1])
+    y, x = np.clip(y, 0, large_h - 3) + large_tops[copy], np.clip(x, 0, large_w - 3)
+    return np.int64(y * (max(w for _, w in large_copies) - 2) + x).ravel()
 
 
 def depth_first(graph):
@@ -4883,6 +5004,111 @@ static void matching(PyArrayObject *image, PyArrayObject *style, PyArrayObject *
 }
 '''
 
+NEAR_MATCHING = r'''
+/* a random number by its place in a sequence: splitmix64 */
+static inline npy_uint64 drawn(npy_uint64 n) {
+    n += 0x9e3779b97f4a7c15u;
+    n = (n ^ n >> 30) * 0xbf58476d1ce4e5b9u;
+    n = (n ^ n >> 27) * 0x94d049bb133111ebu;
+    return n ^ n >> 31;
+}
+
+/* two numbers from -most to most by n, one from either half of its bits */
+static inline long down(npy_uint64 n, long most) { return long((n >> 32) % (2 * most + 1)) - most; }
+static inline long right(npy_uint64 n, long most) { return long((n & 0xffffffffu) % (2 * most + 1)) - most; }
+
+/* b(j) times the sum of products of patch i at (y, x) of u with j at (a, c) of v; -infinity where b(j) is 0 */
+struct Patches {
+    const float *u, *v, *b;
+    long H, W, h, w, D;
+    float score(long y, long x, long a, long c) const {
+        enum { SUMS = 4 };
+        vec sums[SUMS] = {};
+        float total = 0, scale = b ? b[a * (w - 2) + c] : 1;
+        if (scale == 0) return -INFINITY;
+        for (long k = 0; k < 3; k++) {                                /* three pixels of a row are contiguous */
+            const float *f = u + ((y + k) * W + x) * D, *g = v + ((a + k) * w + c) * D;
+            long d = 0;
+            for (; d + SUMS * LANES <= 3 * D; d += SUMS * LANES)
+                for (int l = 0; l < SUMS; l++) sums[l] += load(f + d + l * LANES) * load(g + d + l * LANES);
+            for (; d + LANES <= 3 * D; d += LANES) sums[0] += load(f + d) * load(g + d);
+            for (; d < 3 * D; d++) total += f[d] * g[d];
+        }
+        sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        for (int l = 0; l < LANES; l++) total += sums[0][l];
+        return scale * total;
+    }
+};
+
+/* the best j found for one patch of the image, and its score */
+struct Best {
+    const Patches &p;
+    long y, x;
+    npy_int64 j;
+    float score;
+    void attempt(long a, long c) {
+        long other = a * (p.w - 2) + c;
+        if (a < 0 || c < 0 || a >= p.h - 2 || c >= p.w - 2 || other == j) return;
+        float s = p.score(y, x, a, c);
+        if (s > score || (s == score && other < j)) score = s, j = other;
+    }
+    void follow(const npy_int64 *matches, long dy, long dx) {
+        if (y + dy < 0 || x + dx < 0 || y + dy >= p.H - 2 || x + dx >= p.W - 2) return;
+        long other = matches[(y + dy) * (p.W - 2) + x + dx];
+        attempt(other / (p.w - 2) - dy, other % (p.w - 2) - dx);
+    }
+};
+
+/* one sweep over a row of patches, from the matches of the sweep before */
+static void sweep_row(const Patches &p, long y, npy_uint64 key, const npy_int64 *before, npy_int64 *matches,
+                      float *scores) {
+    for (long x = 0; x < p.W - 2; x++) {
+        long i = y * (p.W - 2) + x;
+        npy_uint64 n = drawn(key + i);
+        Best best = {p, y, x, before[i], scores[i]};
+        for (long d = -1; d <= 1; d += 2) best.follow(before, d, 0), best.follow(before, 0, d);
+        for (int k = 0; k < 4; k++) n = drawn(n), best.follow(before, down(n, 8), right(n, 8));
+        long a = best.j / (p.w - 2), c = best.j % (p.w - 2);
+        for (long d = 0; d < 9; d++) best.attempt(a + d / 3 - 1, c + d % 3 - 1);
+        a = best.j / (p.w - 2), c = best.j % (p.w - 2);
+        for (long most = std::max(p.h, p.w); most; most /= 2)
+            n = drawn(n), best.attempt(a + down(n, most), c + right(n, most));
+        matches[i] = best.j, scores[i] = best.score;
+    }
+}
+
+static void near_matching(PyArrayObject *image, PyArrayObject *style, PyArrayObject *of_image, PyArrayObject *of_style,
+                          PyArrayObject *guess, PyArrayObject *draws, PyArrayObject **matches) {
+    npy_int64 sweeps = *(npy_int64 *)PyArray_GETPTR1(draws, 0), made = *(npy_int64 *)PyArray_GETPTR1(draws, 1);
+    if (!sweeps) return matching(image, style, of_image, of_style, NULL, matches, NULL);
+    Array u(image), v(style), b(of_style);
+    Patches p = {u, v, b.size(0) ? (float *)b : NULL, u.size(0), u.size(1), v.size(0), v.size(1), u.size(2)};
+    npy_intp M = (p.H - 2) * (p.W - 2), N = (p.h - 2) * (p.w - 2);
+    if (std::min(std::min(p.H, p.W), std::min(p.h, p.w)) < 3 || v.size(2) != p.D || (p.b && b.size(0) != N) ||
+        PyArray_DIM(guess, 0) != M)
+        throw std::invalid_argument("NearMatching: the pictures have no 3x3 patch, or do not fit each other");
+    npy_int64 whole = 0;                                              /* the first patch that may be matched */
+    while (p.b && whole < N - 1 && p.b[whole] == 0) whole++;
+    std::vector<npy_int64> before(M);
+    std::vector<float> scores(M);
+    for (long i = 0; i < M; i++) {
+        before[i] = *(npy_int64 *)PyArray_GETPTR1(guess, i);
+        if (before[i] < 0 || before[i] >= N) throw std::invalid_argument("NearMatching: a guess is no patch");
+        if (p.b && p.b[before[i]] == 0) before[i] = whole;
+    }
+    npy_int64 *found = (npy_int64 *)allocate(matches, 1, &M, NPY_INT64);
+    #pragma omp parallel for schedule(dynamic, 64)
+    for (long i = 0; i < M; i++)
+        scores[i] = p.score(i / (p.W - 2), i % (p.W - 2), before[i] / (p.w - 2), before[i] % (p.w - 2));
+    for (npy_int64 t = 0; t < sweeps; t++) {
+        if (t) std::copy(found, found + M, before.begin());
+        npy_uint64 key = drawn(made + t);
+        #pragma omp parallel for schedule(dynamic)
+        for (long y = 0; y < p.H - 2; y++)
+            if (!leave()) sweep_row(p, y, key, before.data(), found, scores.data());
+    }
+}
+'''
 
 # ---- main ------------------------------------------------------------------------------------------------------------
 

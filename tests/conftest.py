@@ -35,7 +35,7 @@ def first_quick(values, count):
 
 class NoNetwork:
     """What is the same in all objectives without a network; a test adds `__call__`."""
-    style, target, history = {}, {}, np.zeros(0)
+    style, target, history, pure = {}, {}, np.zeros(0), True
 
     def __init__(self, *_, **__):
         pass

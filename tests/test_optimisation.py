@@ -181,7 +181,8 @@ def test_each_phase_has_its_sizes_pictures_maps_and_evaluations(doodle, painted)
     inputs = painted(objective, '--phases=3', '--iterations=4').inputs
     assert [x.shape for x in objective.asked] == 4 * [(3, 28, 24)] + 4 * [(3, 56, 48)] + 4 * [(3, 112, 96)]
     widths = zip(objective.phases, (24, 48, 96), (31, 62, 124))
-    for (content, style, content_map, style_map, size, alpha), width, style_width in widths:
+    assert [near for *_, near in objective.phases] == [False, True, True]
+    for (content, style, content_map, style_map, size, alpha, _), width, style_width in widths:
         assert size == (width, width * 7 // 6) and content.shape == (3, *size[::-1]) and style.shape[2] == style_width
         assert content_map is inputs.content_map and style_map is inputs.style_map and alpha is None
     content, style, *_ = objective.phases[-1]

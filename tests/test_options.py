@@ -30,7 +30,7 @@ DEFAULTS = dict(
 OURS = dict(method='champandard', rotations=0, scales=0, max_size=None, random_seed=None, network=None, weights=None,
             frames='frames', log=None, resume=False, check=False, auto_maps=0,
             style_scale=1, keep_colors=False, figure=None, animation=None,
-            stop_when_converged=1)
+            stop_when_converged=1, matching='exact')
 
 NATURAL = ['0', '-1', '1.5', 'ten', '']
 WHOLE = ['-1', '1.5', 'ten', '']
@@ -49,7 +49,7 @@ BAD = {
     '--variety': BIAS, '--style-scale': ['0', '0.09', '10.1', '-1', 'nan', '1e400', 'big', ''],
     '--content-layers': LAYERS, '--style-layers': LAYERS,
     '--method': ['Gatys', 'li', ''], '--rotations': WHOLE + ['13'], '--scales': WHOLE + ['13'],
-    '--network': ['vgg', 'VGG19', 'resnet', ''],
+    '--matching': ['Near', 'far', ''], '--network': ['vgg', 'VGG19', 'resnet', ''],
     '--device': ['tpu', 'GPU0', 'gpu-1', 'cuda:0', 'gpu0,gpu1', 'opencl0', 'cpu0', 'gpu٣', ''],
 }
 GOOD = [
@@ -59,6 +59,7 @@ GOOD = [
     ('--style-weight=0', 0), ('--smoothness=1e-3', 1e-3), ('--content-weight=1e20', 1e20), ('--style-weight=.5', .5),
     ('--smoothness=1e-6', 1e-6), ('--semantic-weight=1E6', 1e6), ('--variety=+1.', 1), ('--cache=1', 1),
     ('--style-scale=.1', .1), ('--style-scale=10', 10),
+    ('--matching=near', 'near'),
     ('--slices=1000', 1000), ('--style-layers=5_4,1_1,5_4', ['5_4', '1_1']),
     ('--device=gpu0', 'cuda0'), ('--device=gpu12', 'cuda12'), ('--device=gpu', 'cuda'), ('--device=cuda1', 'cuda1'),
     ('--device=opencl0:1', 'opencl0:1'),
