@@ -1272,6 +1272,7 @@ def run_alone(options, places, inputs, remarks):
     at, lines = find_checkpoint(places.checkpoint, provenance(inputs, weights, options), options.resume)
     device = device or open_device(options, inputs)
     options.random_seed = at.header['random_seed']
+    remarks += matching_remarks(inputs, options, device)
     for line in remarks + lines + [f'Random seed {at.header["random_seed"]}.']:
         say(f'  - {line}')
     say('  - Compiling ..')
@@ -1834,39 +1835,126 @@ def check_sizes(inputs, options):
                             'use a style picture that shows something')
 
 
-def operations(size, style_size, layers, patched):
-    """Floating-point operations of an evaluation, by direct convolution: (network forward and backward, matching)."""
-    def area(size, name):
+# What each unit of `work` costs, as a number of multiply-adds of a large matrix product in NumPy on one core that take
+# as long. samples/measure_time.py fits them to measured evaluations.
+COSTS = {'products': 0.3, 'transforms': 105., 'scores': 1.5, 'raw scores': 1.45, 'near scores': 3., 'gram': 0.42,
+         'features': 770., 'pixels': 9700.}
+ON_ONE_CORE = 'features', 'pixels'
+
+
+def work(size, style_size, options, phase=0):
+    """What an evaluation does, as {key of `COSTS`: amount}.
+
+    Multiply-adds by the direct forms (products: of the convolutions, forward and backward; scores: of all pairs of
+    patches, or raw ones of features that are not unit vectors; near scores: of the patches that `NearMatching` tries;
+    gram), floats (transforms: what the convolutions read and write; features: those of the style layers), and pixels.
+
+    Parameters
+    ----------
+    size, style_size : (width, height) in this phase
+    options : argparse.Namespace
+    phase : int
+    """
+    def area(name):
         return math.prod(side // stride(name) for side in size)
-    names = layer_names('vgg19', layers)
-    network = sum(2 * 2 * 9 * before * filters(name) * area(size, name)
-                  for before, name in zip([3, *map(filters, names)], names))
-    return network, sum(2 * filters(name) * area(size, name) * area(style_size, name) for name in patched)
+    names = layer_names('vgg19', options.style_layers + (options.content_layers if options.content else []))
+    convolutions = [(before, filters(name), area(name)) for before, name in zip([3, *map(filters, names)], names)]
+    found = dict.fromkeys(COSTS, 0) | {
+        'products': sum(2 * 9 * C * K * pixels for C, K, pixels in convolutions),
+        'transforms': sum(2 * (C + K) * pixels for C, K, pixels in convolutions), 'pixels': math.prod(size)}
+    exact = 'scores' if style_term(options).reads_maps and not options.variety else 'raw scores'
+    for name in options.style_layers if options.style_weight else ():
+        found['features'] += filters(name) * area(name)
+        if not style_term(options).patched:
+            found['gram'] += filters(name) ** 2 * area(name)
+            continue
+        copies = style_copies(np.zeros((1, *(side // stride(name) for side in reversed(style_size)))),
+                              options.rotations, options.scales, Image.NEAREST)
+        h, w = sum(copy.shape[1] for copy in copies), max(copy.shape[2] for copy in copies)
+        if options.matching == 'near' and phase and area(name) * h * w >= NEAR_PAIRS:
+            tried = LATER_SWEEPS * (16 + math.log2(max(h, w)))
+            found['near scores'] += 9 * filters(name) * area(name) * tried
+        else:
+            found[exact] += filters(name) * area(name) * h * w / (options.iterations if options.cache else 1)
+    return found
+
+
+def efforts(inputs, options):
+    """The effort of each phase's preparation and of its evaluations, [(preparation, evaluation), ...].
+
+    It is counted in multiply-adds of a large matrix product, on all cores, that take as long.
+    """
+    def effort(amounts):
+        return sum(COSTS[name] * amount * (allowed_cores() if name in ON_ONE_CORE else 1)
+                   for name, amount in amounts.items())
+    result = []
+    for phase in range(options.phases):
+        size, style_size = (phase_size(whole, phase, options.phases)
+                            for whole in (inputs.size, inputs.style.shape[1::-1]))
+        evaluation = work(size, style_size, options, phase)
+        # Forward passes of the content and of all copies of the style.
+        share = .5 + .5 * copy_count(options) * math.prod(style_size) / math.prod(size)
+        passes = {name: share * evaluation[name] for name in ('products', 'transforms')}
+        result.append((effort(passes), effort(evaluation)))
+    return result
+
+
+def total_effort(inputs, options):
+    """The effort of a run, as of `efforts`."""
+    return sum(preparation + options.iterations * evaluation for preparation, evaluation in efforts(inputs, options))
+
+
+def product_rate():
+    """Multiply-adds a second of a large matrix product in NumPy, the best of three."""
+    square, took = np.ones((2048, 2048), np.float32), []
+    for _ in range(4):                                                  # the first is warm-up
+        start = time.perf_counter()
+        square @ square
+        took.append(time.perf_counter() - start)
+    return 2048 ** 3 / min(took[1:])
+
+
+def in_words(seconds):
+    """A time as minutes, or as hours."""
+    return f'{seconds / 60:.0f} minutes' if seconds < 2 * 3600 else f'{seconds / 3600:.1f} hours'
+
+
+STARTING = 7                                                          # seconds until the first phase, compiled before
+LONG = 3e14                                                           # multiply-adds: three quarters of an hour on two cores
 
 
 def plan(inputs, options):
-    """Lines of --check: phases, patches, memory, and the time on this CPU, estimated by a matrix product in NumPy."""
-    style_size, total, lines = inputs.style.shape[1::-1], 0, []
-    layers = options.style_layers + (options.content_layers if inputs.content is not None else [])
-    patched = options.style_layers if style_term(options).patched and options.style_weight else []
-    square = np.ones((2048, 2048), np.float32)
-    square @ square                                                     # warm-up
-    start = time.perf_counter()
-    square @ square
-    rate = 2 * 2048 ** 3 / (time.perf_counter() - start)
-    for phase in range(options.phases):
+    """Lines of --check: phases, patches, memory, and the time on this CPU, by the rate of a matrix product in NumPy."""
+    rate, lines, style_size = product_rate(), [], inputs.style.shape[1::-1]
+    for phase, (_, effort) in enumerate(efforts(inputs, options)):
         size, other = (phase_size(whole, phase, options.phases) for whole in (inputs.size, style_size))
-        network, matching = operations(size, other, layers, patched)
-        # The engine's network reaches NumPy's rate in these operations, its matching half of it.
-        matching *= 2 * copy_count(options) / (options.iterations if options.cache else 1)
-        seconds = (network + matching) / rate
-        total += seconds * options.iterations
         patches = [f'{name} {copy_count(options) * math.prod(side // stride(name) - 2 for side in other):,}'
-                   for name in patched]
+                   for name in options.style_layers if style_term(options).patched and options.style_weight]
         lines.append('Phase #{}: {}x{}, {} evaluations of about {:,.2f} s{}'.format(
-            phase, *size, options.iterations, seconds, ', style patches ' + ', '.join(patches) if patches else ''))
-    return lines + [f'On this CPU about {total / 60:.0f} minutes and '
-                    f'{memory_needed(inputs.size, style_size, options) / 1e9:.1f} GB in all.']
+            phase, *size, options.iterations, effort / rate, ', style patches ' * bool(patches) + ', '.join(patches)))
+    seconds = STARTING + total_effort(inputs, options) / rate
+    return lines + [f'On this CPU about {in_words(seconds)} and '
+                    f'{memory_needed(inputs.size, style_size, options) / 1e9:.1f} GB in all.',
+                    *advice(inputs, options, rate)]
+
+
+def advice(inputs, options, rate=None):
+    """A line on how long a run takes on this CPU, if exact matching makes it long, and what would make it shorter."""
+    if options.matching == 'near' or options.variety or not style_term(options).patched:
+        return []
+    exact, near = (total_effort(inputs, argparse.Namespace(**vars(options) | {'matching': matching}))
+                   for matching in ('exact', 'near'))
+    if exact < LONG or near > .7 * exact:
+        return []
+    exact, near = (in_words(effort / (rate or product_rate())) for effort in (exact, near))
+    return [f'With exact matching this takes about {exact} on this CPU, with --matching=near about {near}.']
+
+
+def matching_remarks(inputs, options, device):
+    """What is to be said of --matching at the start of a run."""
+    if device == 'cpu':
+        return advice(inputs, options)
+    return ['On a GPU all matches are exact: --matching=near is for the CPU.'] * (options.matching == 'near')
 
 
 def fitting_slices(image, style, layers, memory):
@@ -4437,10 +4525,7 @@ class Page:
 
     def __init__(self, options, inputs):
         self.options, self.inputs, self.shown = options, inputs, 0
-        style_size = inputs.style.shape[1::-1]
-        layers = options.style_layers + (options.content_layers if inputs.content is not None else [])
-        self.costs = [sum(operations(*(phase_size(size, phase, options.phases) for size in (inputs.size, style_size)),
-                                     layers, options.style_layers)) for phase in range(options.phases)]
+        self.costs = [evaluation for _, evaluation in efforts(inputs, options)]
 
     def begin(self, at):
         """A phase begins, or goes on."""

@@ -156,6 +156,7 @@ DIFFERENT = {
     'content': ['--content=other.png'], 'style': ['--style=other.png'], 'content_map': ['--content=mapped.png'],
     'weights': ['--weights=other.npz'], '--cache': ['--cache=1'], '--max-size': ['--max-size=90'],
     '--content-layers': ['--content-layers=4_1'], '--content-weight': ['--content-weight=9'],
+    '--matching': ['--matching=near'],
 }
 
 
