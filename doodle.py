@@ -1920,7 +1920,7 @@ def in_words(seconds):
 
 
 STARTING = 7                                                          # seconds until the first phase, compiled before
-LONG = 3e14                                                           # multiply-adds: three quarters of an hour on two cores
+LONG = 3e14                                                           # multiply-adds: 45 minutes on two cores
 
 
 def plan(inputs, options):

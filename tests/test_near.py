@@ -4,7 +4,6 @@ import ctypes
 import numpy as np
 import pytest
 
-from conftest import minimised
 from test_matching import brute_force
 from test_twin import thin_weights
 
@@ -204,7 +203,7 @@ def test_matches_are_nearly_those_of_an_exact_run_whose_first_phase_is_the_same(
     ('draws 2_1', lambda values: values * 9), ('draws 2_1', lambda values: -values),
     ('draws 2_1', lambda values: values[:1]), ('draws 2_1', np.float64)])
 def test_a_forged_state_is_refused_also_at_the_start_of_a_phase(doodle, objective, begin, name, forged):
-    ours, (small, large) = objective(), images(doodle, 1)
+    ours, (small, _) = objective(), images(doodle, 1)
     begin(ours, 0)
     first = ours.state()
     ours(small)
