@@ -102,7 +102,7 @@ def test_a_run_that_is_interrupted_and_lacks_memory_goes_on_to_the_same_picture(
 
 def test_a_picture_too_large_for_the_card_is_refused_in_one_line(card, tmp_path):
     (tmp_path / 'output.png').write_bytes(b'before')
-    code, out, error = ended(begin(card, tmp_path, '--phases=1', EMU_MEMORY='1e9', EMU_RUN='0'))
+    code, out, error = ended(begin(card, tmp_path, '--phases=1', '--slices=1', EMU_MEMORY='1e9', EMU_RUN='0'))
     assert code == 2 and re.fullmatch('ERROR: .*memory.*\n  FIX: .*\n', error), error
     assert (tmp_path / 'output.png').read_bytes() == b'before'
 
