@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from card import build
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ['https_proxy'] = 'http://127.0.0.1:9'    # no test reaches the net
@@ -82,6 +84,31 @@ def run():
         return subprocess.run([sys.executable, ROOT / 'doodle.py', *arguments], cwd=folder, timeout=600, text=True,
                               env=os.environ | environment, capture_output=True)
     return run
+
+
+@pytest.fixture(scope='session')
+def card(tmp_path_factory, pytestconfig):
+    """The environment of a process in which CUDA has a card: cuda_on_cpu.cpp, whose head tells its switches."""
+    folder = tmp_path_factory.mktemp('card')
+    (folder / 'packages').mkdir()
+    for package in ('pygpu', 'mako', 'markupsafe'):                     # Debian's, and none of its other packages
+        debian = Path('/usr/lib/python3/dist-packages', package)
+        if debian.exists() and not importlib.util.find_spec(package):
+            (folder / 'packages' / package).symlink_to(debian)
+    path = os.pathsep.join(map(str, (folder / 'packages', ROOT, ROOT / 'tests')))
+    tried = subprocess.run([sys.executable, '-c', 'import pygpu'], env=os.environ | {'PYTHONPATH': path},
+                           capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f'pygpu: {tried.stderr.splitlines()[-1]}')
+    build(folder)
+    cache = getattr(pytestconfig, 'cache', None)
+    kept = cache.mkdir('cuda-on-cpu') if cache else folder
+    # Compiled code lies by itself: nobody waits for another's lock. Without preallocation each buffer has guards.
+    flags = {'gcc.cxxflags': '-O0', 'gpuarray.preallocate': '-1', 'gpuarray.cache_path': folder / 'cache',
+             'base_compiledir': kept / 'theano'}
+    flags = [os.environ.get('THEANO_FLAGS', ''), *(f'{name}={value}' for name, value in flags.items())]
+    return os.environ | {'LD_LIBRARY_PATH': str(folder), 'EMU_DIR': str(kept / 'kernels'), 'PYTHONPATH': path,
+                         'THEANO_FLAGS': ','.join(filter(None, flags))}
 
 
 @pytest.fixture
