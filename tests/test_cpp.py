@@ -5,6 +5,7 @@ runtime, calls them: this file as a script. There each array is a block of memor
 working memory of each call; what was not written is NaN.
 """
 import ctypes
+import itertools
 import os
 import platform
 import subprocess
@@ -45,11 +46,40 @@ PyObject *convolved(Argument x, Argument U, Argument b, int pool) {
 PyObject *gradient(Argument dy, Argument y, Argument U, Argument x, int pool) {
     return called([&](Argument *dx, Argument *) { (pool ? backward<true> : backward<false>)(dy, y, U, x, dx); });
 }
-PyObject *matched(Argument u, Argument v, Argument a, Argument b) {
-    return called([&](Argument *j, Argument *) { matching(u, v, a, b, NULL, j, NULL); });
+PyObject *matched(Argument u, Argument v, Argument a, Argument b, Argument start) {
+    return called([&](Argument *j, Argument *) { matching(u, v, a, b, start, NULL, j, NULL); });
 }
-PyObject *varied(Argument u, Argument v, Argument a, Argument b, Argument penalty) {
-    return called([&](Argument *j, Argument *history) { matching(u, v, a, b, penalty, j, history); });
+PyObject *varied(Argument u, Argument v, Argument a, Argument b, Argument start, Argument penalty) {
+    return called([&](Argument *j, Argument *history) { matching(u, v, a, b, start, penalty, j, history); });
+}
+PyObject *has_dot() { return PyBool_FromLong(HAS_DOT); }
+
+/* whether bytes alone find the matches j from j */
+PyObject *narrowed(Argument u, Argument v, Argument j) {
+    Array p(u), q(v);
+    npy_int64 *start = (npy_int64 *)PyArray_DATA(j);
+    return PyBool_FromLong(match<false>(p, p.size(0), p.size(1), q, q.size(0), q.size(1), p.size(2), NULL, NULL, NULL,
+                                        start, start, NULL));
+}
+
+PyObject *exactly(Argument u, Argument v) {
+    Array p(u), q(v);
+    return PyFloat_FromDouble(exact(p, p.size(1), q, q.size(1), p.size(2)));
+}
+
+/* what product() makes of n keys of the image and a row of w of the style, turned into bytes */
+PyObject *bounds(Argument u, Argument v) {
+    Array p(u), q(v);
+    long n = p.size(0), w = q.size(0), D = p.size(1), depth = D / 64 * 16 + D %% 64 + 3;
+    npy_intp shape[] = {n, padded(w)};
+    std::vector<float> A(n * depth), rows(w * depth), B(padded(w) * depth);
+    quantise(p, n, D, false, A.data());
+    quantise(q, w, D, true, rows.data());
+    pack(rows.data(), w, depth, B.data());
+    Argument out = NULL;
+    float *P = (float *)allocate(&out, 2, shape, NPY_FLOAT32);
+    product(n, shape[1], depth, A.data(), depth, B.data(), P, shape[1], D / 64 * 16);
+    return (PyObject *)out;
 }
 PyObject *nearly(Argument u, Argument v, Argument b, Argument guess, Argument draws) {
     return called([&](Argument *j, Argument *) { near_matching(u, v, b, b, guess, draws, j); });
@@ -61,6 +91,7 @@ FLAGS = '-std=c++11 -O1 -g -shared -fPIC -fopenmp -Wall -Wextra -Werror -fsaniti
 # The engine keeps its working memory, at its largest and with what is in it. Here each call begins with none.
 FRESH = {'static std::vector<float> kept;': 'static std::vector<float> kept; kept.clear();',
          'kept.resize(floats + 16);': 'kept.resize(floats + 16, NAN);'}
+NONE, NO_START = np.zeros(0, np.float32), np.zeros(0, np.int64)
 PROCESSORS = ['native', 'x86-64'] if platform.machine() == 'x86_64' else ['native']     # vectors of 8 or 16, and of 4
 
 
@@ -116,9 +147,8 @@ def check_matching(library, rng, image, style, D, scaled, history):
     b[::3] *= len(b) == 1                                               # no patches; at least one is left
     S = q @ p.T                                                         # (j, i)
     S = S * np.outer(b, a) if scaled else S
-    none = np.zeros(0, np.float32)
-    a, b = (a, b) if scaled else (none, none)
-    j, *new = library.varied(u, v, a, b, penalty) if history else library.matched(u, v, a, b)
+    a, b = (a, b) if scaled else (NONE, NONE)
+    j, *new = library.varied(u, v, a, b, NO_START, penalty) if history else library.matched(u, v, a, b, NO_START)
     scores = S - penalty[:, None] if history else S
     if scaled:
         scores[b == 0] = -np.inf
@@ -141,6 +171,59 @@ def check_near_matching(library, rng, image, style, D, scaled):
     assert (S[found[1], i] - S[guess, i]).min() > -1e-4 and (S.max(axis=0) - S[found[60], i]).max() < 1e-4
 
 
+def normalised(k):
+    return np.float32(k / np.maximum(np.linalg.norm(k, axis=-1, keepdims=True), 1e-30))
+
+
+# Keys of any shape (..., D) by a generator: the common ones, such with many ties, and such that bytes cannot hold.
+KEYS = {'rectified': lambda rng, shape: normalised(np.maximum(rng.normal(size=shape), 0)),
+        'some zero': lambda rng, shape: normalised(rng.random(shape) * (rng.random((*shape[:-1], 1)) > 0.5)),
+        'one channel': lambda rng, shape: np.eye(shape[-1], dtype=np.float32)[rng.integers(0, shape[-1], shape[:-1])],
+        'small': lambda rng, shape: normalised(10 ** rng.uniform(-30, 0, shape)),
+        'level': lambda rng, shape: np.full(shape, rng.random(), np.float32),
+        'zeros and ones': lambda rng, shape: np.float32(rng.integers(0, 2, shape)),
+        'equal': lambda rng, shape: np.ones(shape, np.float32),
+        'zero': lambda rng, shape: np.zeros(shape, np.float32),
+        'tiny': lambda rng, shape: np.float32(rng.random(shape) * 1e-41),
+        'huge': lambda rng, shape: np.float32(10 ** rng.uniform(-30, 30, shape)),
+        'infinite': lambda rng, shape: np.where(rng.random(shape) > 0.999, np.inf, np.float32(1)).astype(np.float32),
+        'NaN': lambda rng, shape: np.where(rng.random(shape) > 0.999, np.nan, rng.random(shape)).astype(np.float32),
+        'any sign': lambda rng, shape: normalised(rng.normal(size=shape))}
+
+
+def with_maps(rng, k, K, weight=10.):
+    """Keys and the channels of maps with K classes."""
+    m = np.eye(max(1, K), K)[rng.integers(0, max(1, K), k.shape[:-1])]
+    return np.concatenate([k, np.float32(weight ** 0.5 * m)], axis=-1)
+
+
+def check_starts(library, rng, kind, image, style, D, K):
+    """From any start the matches are those without one, to the last tie."""
+    u, v = (with_maps(rng, KEYS[kind](rng, (*size, D)), K) for size in (image, style))
+    M, N = ((size[0] - 2) * (size[1] - 2) for size in (image, style))
+    free, = library.matched(u, v, NONE, NONE, NO_START)
+    if library.has_dot() and kind == 'rectified':                       # the style's own corner, far from all else
+        assert library.narrowed(v[:3, :4].copy(), v, np.arange(2))
+    for a, b in ((NONE, NONE), (np.ones(M, np.float32), np.float32(np.arange(N) % 3 > 0))):
+        j, = library.matched(u, v, a, b, NO_START)
+        for start in (j, free, rng.integers(0, N, M), 0 * j - 1, 0 * j + N, j[1:]):
+            assert (library.matched(u, v, a, b, start)[0] == j).all(), kind
+    if not K:
+        p, q = u[:3, :3].copy(), v[:3, :3].copy()
+        score, = library.varied(p, q, NONE, NONE, NO_START, np.zeros(1, np.float32))[1]
+        assert score == library.exactly(p, q) or np.isnan(library.exactly(p, q)), kind
+
+
+def check_bounds(library, rng, kinds, D, K):
+    """No product of two keys exceeds its bound, by float64, and bounds of common keys are tight."""
+    u, v = (with_maps(rng, KEYS[kind](rng, (count, D)), K) for kind, count in zip(kinds, (14, 37)))
+    bounds, products = library.bounds(u, v)[:, :len(v)], np.float64(u) @ np.float64(v).T
+    longest = np.linalg.norm(np.float64(u), axis=1).max() * np.linalg.norm(np.float64(v), axis=1).max()
+    assert (products - bounds).max() <= 4 * longest * (K + 10) * 2 ** -24 + 1e-30, kinds
+    if kinds == ('rectified', 'rectified'):
+        assert (bounds - products).max() < 0.1
+
+
 def check_refusals(library):
     """What does not fit raises ValueError, and nothing of it is read."""
     def ones(*shape):
@@ -148,10 +231,10 @@ def check_refusals(library):
     for function, arguments in (
             (library.convolved, (ones(6, 6, 5), ones(36, 48), ones(4), 0)),
             (library.gradient, (ones(5, 6, 3), ones(6, 6, 3), ones(36, 48), ones(6, 6, 3), 0)),
-            (library.matched, (ones(2, 5, 3), ones(5, 5, 3), ones(0), ones(0))),
-            (library.matched, (ones(5, 5, 3), ones(5, 5, 4), ones(0), ones(0))),
-            (library.matched, (ones(5, 5, 3), ones(5, 5, 3), ones(8), ones(9))),
-            (library.varied, (ones(5, 5, 3), ones(5, 5, 3), ones(0), ones(0), ones(8))),
+            (library.matched, (ones(2, 5, 3), ones(5, 5, 3), ones(0), ones(0), NO_START)),
+            (library.matched, (ones(5, 5, 3), ones(5, 5, 4), ones(0), ones(0), NO_START)),
+            (library.matched, (ones(5, 5, 3), ones(5, 5, 3), ones(8), ones(9), NO_START)),
+            (library.varied, (ones(5, 5, 3), ones(5, 5, 3), ones(0), ones(0), NO_START, ones(8))),
             (library.nearly, (ones(5, 5, 3), ones(5, 5, 4), ones(0), np.zeros(9, int), np.array([1, 0]))),
             (library.nearly, (ones(5, 5, 3), ones(5, 5, 3), ones(0), np.zeros(8, int), np.array([1, 0]))),
             (library.nearly, (ones(5, 5, 3), ones(5, 5, 3), ones(0), np.full(9, 9), np.array([1, 0])))):
@@ -166,7 +249,8 @@ def main(path):
     import doodle
     doodle.import_pillow()
     library = ctypes.PyDLL(path)
-    for name, arguments in dict(begin=0, convolved=3, gradient=4, matched=4, varied=5, nearly=5).items():
+    for name, arguments in dict(begin=0, convolved=3, gradient=4, matched=5, varied=6, has_dot=0, narrowed=3,
+                                exactly=2, bounds=2, nearly=5).items():
         function = getattr(library, name)
         function.restype, function.argtypes = ctypes.py_object, [ctypes.py_object] * arguments
         if name in ('convolved', 'gradient'):
@@ -184,6 +268,13 @@ def main(path):
                 for history in (False, True):
                     check_matching(library, rng, image, style, D, scaled, history)
                 check_near_matching(library, rng, image, style, D, scaled)
+    for kind in KEYS:
+        for image, style, D, K in (((3, 3), (4, 20), 64, 0), ((6, 9), (8, 7), 64, 3), ((9, 4), (5, 19), 130, 10)):
+            check_starts(library, rng, kind, image, style, D, K)
+    if library.has_dot():
+        for kinds in itertools.product(list(KEYS)[:9], repeat=2):       # without the huge ones
+            for D, K in ((64, 0), (128, 3), (512, 10)):
+                check_bounds(library, rng, kinds, D, K)
     print('right')
 
 

@@ -1,4 +1,5 @@
 """The engine's two Ops against the plain formulas and against brute force, over odd, prime and tiny shapes."""
+import ctypes
 import io
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import twin
 from conftest import ROOT, minimised
 from golden_data import FOLDER
+from test_cpp import KEYS, with_maps
 from test_matching import brute_force
 
 SIZES = [(1, 1), (1, 9), (2, 3), (4, 4), (5, 9), (31, 37), (23, 101)]
@@ -88,6 +90,51 @@ def test_matching_refuses_what_has_no_patch_or_does_not_fit(found):
     for u, v in (((2, 5, 3), (5, 5, 3)), ((5, 5, 3), (5, 2, 3)), ((5, 5, 3), (5, 5, 4))):
         with pytest.raises(ValueError):
             found(np.ones(u, np.float32), np.ones(v, np.float32))
+
+
+@pytest.mark.parametrize('kind', KEYS)
+def test_matches_from_a_start_are_those_without_by_any_number_of_threads(doodle, kind):
+    """Though from a start most pairs are left out by bounds in bytes, where the processor can."""
+    T, rng, omp = doodle.T, np.random.default_rng(4), ctypes.CDLL('libgomp.so.1')
+    u, v, start, H, W, h, w = T.tensor3(), T.tensor3(), T.lvector(), 17, 23, 21, 14
+    plain = doodle.theano.function([u, v], doodle.fast_match(u, v, 1)[0])
+    begun = doodle.theano.function([u, v, start], doodle.fast_match(u, v, 1, start=start)[0])
+    p, q = (with_maps(rng, KEYS[kind](rng, (*size, 192)), 5) for size in ((H, W), (h, w)))
+    p[5:9, 5:9] = q[3:7, 2:6] = q[11:15, 8:12]                          # two patches match as well
+    j, before = plain(p, q), omp.omp_get_max_threads()
+    for threads in range(1, 9):
+        omp.omp_set_num_threads(threads)
+        for first in (j, rng.integers(0, (h - 2) * (w - 2), len(j))):
+            assert (begun(p, q, first) == j).all()
+    omp.omp_set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_matches_at_every_image_of_a_run_are_those_without_a_start(doodle, tmp_path):
+    weights, _ = doodle.read_weights(str(ROOT / 'vgg16.npz'))
+    options = doodle.parse_options([f'--style={FOLDER / "face_style.png"}', f'--content={FOLDER / "face_content.png"}',
+                                    f'--output={tmp_path / "none.png"}', '--save-every=0'])
+    inputs, _ = doodle.read_inputs(options)
+    content, style = (doodle.to_planes(picture) for picture in (inputs.content, inputs.style))
+    engine = doodle.Objective(weights, options, True, True, True)
+    engine.set_phase(content, style, inputs.content_map, inputs.style_map, content.shape[:0:-1])
+    f, found, compared = doodle.T.tensor3(), {}, 0
+    for layer, term in engine.style.items():
+        u = term.key(f)
+        found[layer] = doodle.theano.function([f], [u, doodle.fast_match(u, term.keys, 1)[0]])
+
+    def evaluate(x):
+        nonlocal compared
+        evaluation, features = engine(x), dict(zip(engine.layers, engine.features(np.float32(x))))
+        for layer, term in engine.style.items():
+            u, j = found[layer](features[layer])
+            S = brute_force(u, term.keys.get_value())
+            assert (term.matches.get_value() == j).all()
+            assert (S.max(axis=0) - S[j, np.arange(len(j))]).max() < 1e-5
+            compared += 1
+        return evaluation.total, evaluation.gradient
+    minimised(doodle.Minimiser(np.random.default_rng(0).uniform(16, 240, content.shape)), evaluate, 25)
+    assert compared == 2 * 25
 
 
 @pytest.mark.parametrize('files, cores', [
