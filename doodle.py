@@ -2581,7 +2581,7 @@ class NearMatchingOp(CompiledOp):
     1. what the matches of others tell for it, each less its distance from i: those of the four neighbours of i, and of
        four patches drawn up to 8 pixels away;
     2. the eight neighbours of the best patch by then;
-    3. patches drawn around the best by then: up to the style's longer side away, up to half of that, and so on to 1.
+    3. patches drawn around the best by then: from all of the style, up to half its longer side away, and so on to 1.
     Scores are those of `Matching`, of equal ones the first j counts. All patches read the matches of the sweep before,
     and what is drawn depends on draws, i and the number of the draw alone: not on the order, nor on threads.
     """
@@ -5365,7 +5365,7 @@ static void sweep_row(const Patches &p, long y, npy_uint64 key, const npy_int64 
         for (long d = 0; d < 9; d++) best.attempt(a + d / 3 - 1, c + d % 3 - 1);
         a = best.j / (p.w - 2), c = best.j % (p.w - 2);
         for (long most = std::max(p.h, p.w); most; most /= 2)
-            n = drawn(n), best.attempt(a + down(n, most), c + right(n, most));
+            n = drawn(n), best.attempt(a + down(n, std::min(most, p.h)), c + right(n, std::min(most, p.w)));
         matches[i] = best.j, scores[i] = best.score;
     }
 }

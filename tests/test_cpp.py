@@ -159,7 +159,7 @@ def check_matching(library, rng, image, style, D, scaled, history):
 
 
 def check_near_matching(library, rng, image, style, D, scaled):
-    """A near search, which makes no match worse, and with enough sweeps finds the best."""
+    """A near search makes no match worse, and with many sweeps finds the best of a good part, on noise."""
     u, v = (rng.normal(size=(*size, D)).astype(np.float32) for size in (image, style))
     p, q = (sliding_window_view(np.float64(k), (3, 3), (0, 1)).reshape(-1, 9 * D) for k in (u, v))
     b = rng.random(len(q) * scaled, np.float32)
@@ -168,7 +168,9 @@ def check_near_matching(library, rng, image, style, D, scaled):
     if scaled:
         S[b == 0] = -np.inf
     found = {sweeps: library.nearly(u, v, b, guess, np.array([sweeps, 5]))[0] for sweeps in (1, 60)}
-    assert (S[found[1], i] - S[guess, i]).min() > -1e-4 and (S.max(axis=0) - S[found[60], i]).max() < 1e-4
+    gains = S[found[1], i] - S[guess, i], S[found[60], i] - S[found[1], i]
+    assert min(gain[np.isfinite(gain)].min(initial=0) for gain in gains) > -1e-4
+    assert np.mean(S[found[60], i] > S.max(axis=0) - 1e-4) > .3
 
 
 def normalised(k):

@@ -37,22 +37,22 @@ def nearly(S, image, style, guess, sweeps, made):
             row, column = np.divmod(before[np.where(there, (y + down) * W + x + right, 0)], w)
             attempt(row - down, column - right, there)
 
-        def steps(most):
+        def steps(rows, columns):
             nonlocal n
             n = drawn(n)
-            return [np.int64(half % np.uint64(2 * most + 1)) - most for half in (n >> np.uint64(32),
-                                                                                 n & np.uint64(0xffffffff))]
+            return [np.int64(half % np.uint64(2 * most + 1)) - most
+                    for half, most in ((n >> np.uint64(32), rows), (n & np.uint64(0xffffffff), columns))]
         for down, right in ((-1, 0), (0, -1), (1, 0), (0, 1)):
             follow(down, right)
         for _ in range(4):
-            follow(*steps(8))
+            follow(*steps(8, 8))
         row, column = np.divmod(j, w)
         for d in range(9):
             attempt(row + d // 3 - 1, column + d % 3 - 1)
         row, column = np.divmod(j, w)
         most = max(h, w) + 2
         while most:
-            down, right = steps(most)
+            down, right = steps(min(most, h + 2), min(most, w + 2))
             attempt(row + down, column + right)
             most //= 2
     return j
