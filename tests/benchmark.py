@@ -27,6 +27,8 @@ with mock.patch.dict(os.environ):
     doodle.import_theano('cpu')
 import numpy as np  # noqa: E402
 
+from peer import Torch  # noqa: E402
+
 
 def faces(width, height):
     """The sample pair at a size: content, style (3, H, W) and their maps."""
@@ -64,88 +66,11 @@ class Ours:
         return [self.objective.prepare(f[layer], term.maps.get_value()) for layer, term in self.objective.style.items()]
 
 
-class Torch:
-    """The same in PyTorch: convolutions by oneDNN in its faster layout, patches unfolded and multiplied in batches."""
-
-    def __init__(self, weights, options, content, style, content_map, style_map):
-        import torch
-        self.torch, self.options, self.balance = torch, options, doodle.balance(weights.kind)
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        self.layers = {name: [torch.from_numpy(np.ascontiguousarray(a)) for a in pair]
-                       for name, pair in weights.layers.items()}
-        for pair in self.layers.values():
-            pair[0] = pair[0].contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            f, g = self.features(self.picture(content)), self.features(self.picture(style))
-            self.target = f['4_2']
-            maps = [self.picture(doodle.to_planes(m)) for m in (content_map, style_map)]
-            self.maps = {layer: self.pooled(maps[0], layer) for layer in options.style_layers}
-            self.keys = {layer: self.key(g[layer], self.pooled(maps[1], layer)) for layer in options.style_layers}
-            self.patches = {layer: self.unfold(g[layer]) for layer in options.style_layers}
-
-    def picture(self, x):
-        return self.torch.from_numpy(np.float32(x))[None]                       # (1, 3, H, W)
-
-    def pooled(self, m, layer):
-        return self.torch.nn.functional.avg_pool2d(m, doodle.stride(layer))
-
-    def unfold(self, f):
-        return self.torch.nn.functional.unfold(f, 3)[0].T.contiguous()          # (N, 9 C)
-
-    def features(self, x):
-        F, result = self.torch.nn.functional, {}
-        x = (x - self.torch.tensor(doodle.MEAN).view(1, 3, 1, 1)).contiguous(memory_format=self.torch.channels_last)
-        for name, (W, b) in self.layers.items():
-            x = F.avg_pool2d(x, 2) if name.endswith('_1') and name != '1_1' else x
-            x = result[name] = F.relu(F.conv2d(x, W, b, padding=1))
-            if name == '4_2':
-                return result
-
-    def key(self, f, m):
-        def unit(a):
-            return a / a.norm(dim=1, keepdim=True).clamp(min=1e-8)
-        return self.unfold(self.torch.cat([unit(f), self.options.semantic_weight ** .5 * unit(m)], 1) / 3)
-
-    def match(self, layer, query, batch=2048):
-        best, index = None, None
-        for start in range(0, len(self.keys[layer]), batch):
-            score, j = (self.keys[layer][start:start + batch] @ query.T).max(0)
-            better = score > best if best is not None else self.torch.ones_like(score, dtype=bool)
-            best = self.torch.where(better, score, best) if best is not None else score
-            index = self.torch.where(better, j + start, index) if index is not None else j
-        return index
-
-    def network(self, x):
-        x = self.picture(x).requires_grad_(True)
-        self.features(x)['4_2'].pow(2).sum().backward()
-
-    def queries(self, x):
-        with self.torch.no_grad():
-            f = self.features(self.picture(x))
-            return [self.key(f[layer], m) for layer, m in self.maps.items()]
-
-    def search(self, *queries):
-        with self.torch.no_grad():
-            return [self.match(layer, query) for layer, query in zip(self.keys, queries)]
-
-    def evaluate(self, x):
-        o, x = self.options, self.picture(x).requires_grad_(True)
-        f = self.features(x)
-        loss = o.content_weight * self.balance['4_2'] ** 2 * (f['4_2'] - self.target).pow(2).mean()
-        for layer, patches in self.patches.items():
-            with self.torch.no_grad():
-                index = self.match(layer, self.key(f[layer], self.maps[layer]))
-            weight = o.style_weight * self.balance[layer] ** 2
-            loss = loss + weight * (self.unfold(f[layer]) - patches[index]).pow(2).mean()
-        dy, dx = x[:, :, 1:, :-1] - x[:, :, :-1, :-1], x[:, :, :-1, 1:] - x[:, :, :-1, :-1]
-        loss = loss + o.smoothness * (dx ** 2 + dy ** 2 + 1e-12).pow(1.25).mean()
-        loss.backward()
-        return loss.item()
-
-
 def made(form, weights, options, pair):
     """One of the forms 'engine', 'plain', 'torch', ready for a pair of faces."""
-    return Torch(weights, options, *pair) if form == 'torch' else Ours(form == 'engine', weights, options, *pair)
+    if form == 'torch':
+        return Torch(weights.layers, doodle.balance(weights.kind), vars(options), *pair)
+    return Ours(form == 'engine', weights, options, *pair)
 
 
 def seconds(function, *arguments):
