@@ -2143,13 +2143,13 @@ def integers(count, function, *arguments):
     return None if function(*map(ctypes.byref, numbers), *arguments) else tuple(number.value for number in numbers)
 
 
-def check_cuda(device):
-    """Refuse drivers and cards on which libgpuarray would fail by an error number or a crash.
+def check_cuda():
+    """Refuse drivers with which libgpuarray would fail by an error number or a crash.
 
     Raises
     ------
     UserError
-        There is no driver, it is older than the compiler (whose code it cannot read), or the card is too new.
+        There is no driver, or it is older than the compiler, whose code it cannot read.
     """
     try:
         cuda = ctypes.CDLL('libcuda.so.1')
@@ -2162,21 +2162,68 @@ def check_cuda(device):
     if driver and compiler and driver < compiler:
         raise UserError("Nvidia's driver is too old: it is for CUDA {}.{}, and the compiler (nvrtc) for {}.{}.".format(
             *driver, *compiler), 'install a newer driver')
+
+
+def capability_of(device):
+    """The compute capability of a CUDA card, as (major, minor), or None where the driver finds no such card."""
+    cuda = ctypes.CDLL('libcuda.so.1')
     card = None if cuda.cuInit(0) else integers(1, cuda.cuDeviceGet, int(device[4:] or 0))
-    capability = card and integers(2, cuda.cuDeviceComputeCapability, *card)
-    if capability and capability > (9, 0):                              # libgpuarray would take 12.0 for 1.2
-        raise UserError('the card is too new: its compute capability is {}.{}, and libgpuarray knows them up to 9.0.'
-                        .format(*capability), 'use an older card, or --device=cpu')
+    return card and integers(2, cuda.cuDeviceComputeCapability, *card)
+
+
+# Answers for the driver where it is asked for the compute capability of a card: at most 9.0, since libgpuarray would take
+# 12.0 for 1.2.
+AT_MOST_9 = r'''
+#include <dlfcn.h>
+extern "C" int cuDeviceGetAttribute(int *value, int attribute, int card) {
+    const int MAJOR = 75, MINOR = 76;
+    auto driver = (int (*)(int *, int, int))dlsym(dlopen("libcuda.so.1", RTLD_LAZY), "cuDeviceGetAttribute");
+    int major = 0, error = driver(value, attribute, card);
+    if (!error && (attribute == MAJOR || attribute == MINOR) && !driver(&major, MAJOR, card) && major > 9)
+        *value = attribute == MAJOR ? 9 : 0;
+    return error;
+}'''
+
+
+def adapt_to(capability):
+    """Make libgpuarray work with a card of this compute capability, and keep its code apart from that of others.
+
+    For a card newer than 9.0 code for 9.0 is made, which the driver compiles for what the card is. libgpuarray opens
+    libcuda.so: that is then a library of ours, which is loaded under this name and passes on to the driver all else.
+    """
+    folder = os.path.join(theano.config.gpuarray.cache_path, '{}.{}'.format(*capability))
+    type(theano.config.gpuarray).cache_path.val = folder                # Theano itself lets nobody change it
+    if capability <= (9, 0):
+        return
+    driver = re.search(r'/.*/libcuda\.so.*', text_of('/proc/self/maps')).group()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            library = os.path.join(folder, 'libcuda.so')
+            made = subprocess.run([theano.config.cxx, '-shared', '-fPIC', '-Wl,--no-as-needed,-soname,libcuda.so', '-o',
+                                   library, '-xc++', '-', '-xnone', driver, '-ldl'],
+                                  input=AT_MOST_9, text=True, capture_output=True)
+            if made.returncode:
+                raise OSError(made.stderr)
+            ctypes.CDLL(library)
+    except OSError as error:
+        raise UserError('the card has compute capability {}.{}, and the small library by which libgpuarray takes it '
+                        'cannot be made: {}.'.format(*capability, one_line(error)),
+                        'mend what g++ says, or use --device=cpu') from None
+    say('  - The card has compute capability {}.{}: libgpuarray makes code for 9.0, and the driver compiles that for '
+        'the card.'.format(*capability))
 
 
 def described(device):
-    """A device in words, a GPU with name, memory and driver."""
+    """A device in words, a GPU with name, memory, driver and compute capability."""
     if device == 'cpu':
         return '`cpu`'
-    gpu, driver = theano.gpuarray.get_context(None), ''
+    gpu = theano.gpuarray.get_context(None)
+    facts = [gpu.devname, f'{gpu.total_gmem / 1e9:.1f} GB']
     with contextlib.suppress(OSError):
-        driver = ', driver ' + re.search(r'\d+\.[\d.]+', text_of('/proc/driver/nvidia/version')).group()
-    return f'`{device}` ({gpu.devname}, {gpu.total_gmem / 1e9:.1f} GB{driver})'
+        facts.append('driver ' + re.search(r'\d+\.[\d.]+', text_of('/proc/driver/nvidia/version')).group())
+    if device.startswith('cuda'):
+        facts.append('compute capability {}.{}'.format(*capability_of(device)))
+    return f'`{device}` ({", ".join(facts)})'
 
 
 def open_device(options, inputs=None):
@@ -2333,7 +2380,9 @@ def open_gpu(device):
     try:
         import pygpu  # noqa: F401, first, for its ImportError is clearer than Theano's message
         if device.startswith('cuda'):
-            check_cuda(device)
+            check_cuda()
+            if capability := capability_of(device):                     # else pygpu says what there is not
+                adapt_to(capability)
         import theano.gpuarray
         theano.gpuarray.use(device, force=True)
         return None
@@ -4120,8 +4169,9 @@ def paint_and_save(objective, inputs, options, at, journal):
 # ---- files: what a run says ------------------------------------------------------------------------------------------
 
 def one_line(error):
-    """The message of an exception in one line, without a full stop."""
-    return ' '.join(str(error).split()).rstrip('.') or type(error).__name__
+    """The message of an exception in one line, without a full stop; libgpuarray's are bytes."""
+    text = b' '.join(error.args).decode() if error.args and type(error.args[0]) is bytes else str(error)
+    return ' '.join(text.split()).rstrip('.') or type(error).__name__
 
 
 def say(text=''):
