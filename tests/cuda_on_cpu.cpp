@@ -24,6 +24,7 @@
 //                what Theano gets and keeps; what a kernel does is still what g++ made of it
 //   EMU_REVERSE  1: threads and blocks run from the last to the first, and guards lie close before buffers, not behind
 //   EMU_RUN      0: no BLAS, and no launch of more than one block; for the memory and the counts of large pictures
+//   EMU_HOLLOW   1: nothing is executed, so that g++ compiles no kernel, and all numbers are 0
 //   EMU_LOG      a file that gets a line for each call that matters
 //   EMU_COUNTS   a file that gets `emu_counts()` at the end
 //
@@ -83,7 +84,7 @@ static const int DRIVER = versions(setting("EMU_DRIVER", "12.4")).at(0);
 static const size_t MEMORY = stod(setting("EMU_MEMORY", "8e9"));
 static const string FOLDER = setting("EMU_DIR", "/tmp/cuda-on-cpu-" + to_string(getuid()));
 static const string NVRTC = setting("EMU_NVRTC", "");
-static const bool EXECUTES = setting("EMU_RUN", "1") != "0";
+static const bool HOLLOW = setting("EMU_HOLLOW", "0") != "0", EXECUTES = !HOLLOW && setting("EMU_RUN", "1") != "0";
 static bool reversed = setting("EMU_REVERSE", "0") != "0";
 
 // ---- counts ---------------------------------------------------------------------------------------------------------
@@ -287,7 +288,7 @@ static Result launch(const Function *function, Dim blocks, Dim threads, unsigned
     uint64_t block_count = (uint64_t)blocks.x * blocks.y * blocks.z, n = (uint64_t)threads.x * threads.y * threads.z;
     if (!block_count || blocks.x > 0x7fffffff || blocks.y > 65535 || blocks.z > 65535 || !n || n > MOST_THREADS ||
         threads.z > 64 || shared > MOST_SHARED) return refused(INVALID_VALUE, text);
-    if (!EXECUTES && block_count > 1) return SUCCESS;
+    if (HOLLOW || (!EXECUTES && block_count > 1)) return SUCCESS;
     Work work(function->name.c_str());
     State *state = function->module->state;
     state->threads = threads, state->blocks = blocks, state->barrier = wait_at_barrier;
@@ -452,7 +453,7 @@ static Result compile_program(Program *program, int n, const char **options) {
         program->log = "nvrtc: error: invalid value for --gpu-architecture (-arch)\n";
         return NVRTC_INVALID_OPTION;
     }
-    if (!compile(program, base + ".so")) return NVRTC_COMPILATION;
+    if (!HOLLOW && !compile(program, base + ".so")) return NVRTC_COMPILATION;
     if (symlink((name + ".so").c_str(), (FOLDER + "/" + hash(program->ptx) + ".ptx").c_str()) && errno != EEXIST)
         return NVRTC_COMPILATION;
     count("compile", 0, name + " for " + arch);
@@ -463,6 +464,7 @@ static Result load(Module **module, const string &ptx, int card) {
     std::smatch target;
     std::regex_search(ptx, target, std::regex("\\.target sm_(\\d+)"));
     if (target.empty() || stoi(target[1]) > card) return refused(INVALID_PTX, "code that is not for this card");
+    if (HOLLOW) return *module = new Module{}, SUCCESS;
     void *library = dlopen((FOLDER + "/" + hash(ptx) + ".ptx").c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library) return refused(INVALID_PTX, dlerror());
     *module = new Module{library, (State *)dlsym(library, "emu"), (void (*)())dlsym(library, "emu_forget"),
@@ -630,8 +632,8 @@ Result cuModuleLoadDataEx(Module **module, const char *image, unsigned, int *, v
 }
 Result cuModuleUnload(Module *) { return SUCCESS; } // another module may be the same library
 Result cuModuleGetFunction(Function **function, Module *module, const char *name) {
-    void *call = dlsym(module->library, (string("emu_call_") + name).c_str());
-    if (!call) return NOT_FOUND;
+    void *call = HOLLOW ? nullptr : dlsym(module->library, (string("emu_call_") + name).c_str());
+    if (!call && !HOLLOW) return NOT_FOUND;
     *function = new Function{module, (void (*)(void **))call, name};
     return SUCCESS;
 }
