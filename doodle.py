@@ -2171,8 +2171,8 @@ def capability_of(device):
     return card and integers(2, cuda.cuDeviceComputeCapability, *card)
 
 
-# Answers for the driver where it is asked for the compute capability of a card: at most 9.0, since libgpuarray would take
-# 12.0 for 1.2.
+# Answers for the driver where it is asked for the compute capability of a card: 9.0 for a newer one, since libgpuarray
+# would take 12.0 for 1.2.
 AT_MOST_9 = r'''
 #include <dlfcn.h>
 extern "C" int cuDeviceGetAttribute(int *value, int attribute, int card) {
@@ -2384,6 +2384,8 @@ def open_gpu(device):
             if capability := capability_of(device):                     # else pygpu says what there is not
                 adapt_to(capability)
         import theano.gpuarray
+        keep_compiled_code()                                            # of its Ops, too
+        theano.gpuarray.elemwise.GpuCAReduceCuda.verbose = '0'          # the number would void its code's version
         theano.gpuarray.use(device, force=True)
         return None
     except UserError as error:

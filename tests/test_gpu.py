@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -201,6 +202,21 @@ def test_each_card_gets_code_that_fits_it_and_that_is_kept_apart(card, device, c
     assert sum(remark.startswith(newer) for remark in remarks) == (float(capability) > 9)
     assert re.fullmatch(rf'`{device}` \(.+, \d+\.\d GB, (driver \S+, )?compute capability {capability}\)', used)
     assert kept == f'{capability} {code}' and "b'" not in used
+
+
+@pytest.mark.slow
+def test_the_second_start_on_a_newer_card_compiles_nothing(run, card, tmp_path):
+    """What is left is its own time, in seconds of the processor; a driver's comes on top."""
+    environment = card | {'EMU_CARDS': '12.0', 'EMU_HOLLOW': '1', 'EMU_COUNTS': str(tmp_path / 'counts'),
+                          'THEANO_FLAGS': f'{card["THEANO_FLAGS"]},gpuarray.cache_path={tmp_path / "kernels"}'}
+    for second in False, True:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        done = run(tmp_path, f'--style={ROOT / "samples/gravel.png"}', '--device=gpu0', '--network=vgg16',
+                   '--max-size=48', '--phases=1', '--iterations=1', '--save-every=0', **environment)
+        assert done.returncode == 0 and 'compute capability 12.0)' in done.stdout, done.stderr
+        assert ('compile' in json.loads((tmp_path / 'counts').read_text())) != second
+    assert 'Some of it is new' not in done.stdout
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 15
 
 
 @pytest.mark.slow
