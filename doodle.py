@@ -526,7 +526,7 @@ def convolution(x, W, **_):
     return T.nnet.conv2d(x, W, border_mode=1, filter_flip=False)
 
 
-def build_network(weights, names, fast=False):
+def build_network(weights, names, fast=False, gpu=False):
     """The convolutions of VGG, only as deep as the deepest of `names`.
 
     Each is 3x3 with padding 1 and rectified. Pooling between the blocks is the average of 2x2, which the papers prefer
@@ -538,6 +538,8 @@ def build_network(weights, names, fast=False):
     names : collection of str
     fast : bool
         Use the engine's convolution.
+    gpu : bool
+        Or else a GPU's.
 
     Returns
     -------
@@ -547,9 +549,10 @@ def build_network(weights, names, fast=False):
     network, layer = {}, lasagne.layers.InputLayer((1, 3, None, None))
     for name in layer_names(weights.kind, names):
         (W, b), pool = weights.layers[name], name.endswith('_1') and name != '1_1'
-        if fast:
+        if fast or gpu:
+            convolve = fast_convolution if fast else gpu_convolution
             unused = theano.shared(np.zeros((1, 1, 1, 1), np.float32))
-            how = dict(W=unused, b=None, nonlinearity=None, convolution=fast_convolution(W, b, pool))
+            how = dict(W=unused, b=None, nonlinearity=None, convolution=convolve(W, b, pool))
         else:
             how = dict(W=np.ascontiguousarray(W), b=b, convolution=convolution)
             layer = lasagne.layers.Pool2DLayer(layer, 2, mode='average_inc_pad') if pool else layer
@@ -592,7 +595,7 @@ def patch_scale(f):
     return T.switch(total > 0, 3 / T.sqrt(total), 0)
 
 
-def match(u, v, slices, variety=None, history=None, scale=None):
+def match(u, v, variety=None, history=None, scale=None):
     """For every 3x3 patch i of the image the style patch j with the largest score [LW16 eq. 3, C16 eq. 2].
 
         S(i, j) = 1/9 a(i) b(j) sum_d u(i + d) . v(j + d),        less variety * h(j)
@@ -605,8 +608,6 @@ def match(u, v, slices, variety=None, history=None, scale=None):
     ----------
     u : symbolic (H, W, D)
     v : symbolic (h, w, D)
-    slices : int
-        Number of batches into which rows of style patches are split, to save memory; matches do not depend on it.
     variety : symbolic scalar
     history : symbolic ((h - 2) (w - 2),)
         h(j), the largest score of j with any i in the evaluation before.
@@ -620,28 +621,17 @@ def match(u, v, slices, variety=None, history=None, scale=None):
     history : symbolic ((h - 2) (w - 2),), the new h, or None
     """
     (H, W, D), (h, w) = (u.shape[k] for k in range(3)), (v.shape[0], v.shape[1])
-    best, matches, best_of = np.float32(-np.inf), np.int64(0), history
-    for k in range(slices):
-        above, below = (h - 2) * k // slices, ((h - 2) * (k + 1) + slices - 1) // slices    # at least one row
-        if k:                           # waits for the batch before, else Theano would hold the scores of all at once
-            above = T.opt.Assert()(above, *(T.neq(done[0], -1) for done in (matches, best_of) if done is not None))
-        rows = below - above
-        products = T.dot(u.reshape((H * W, D)), v[above:below + 2].reshape(((rows + 2) * w, D)).T)
-        products = products.reshape((H, W, rows + 2, w))
-        S = sum(products[y:H - 2 + y, x:W - 2 + x, y:rows + y, x:w - 2 + x] for y in range(3) for x in range(3)) / 9
-        S = S.reshape(((H - 2) * (W - 2), rows * (w - 2)))                                  # (i, j)
-        batch = slice(above * (w - 2), below * (w - 2))
-        if scale:
-            S *= scale[0][:, None] * scale[1][batch]
-        if history is not None:
-            best_of = T.set_subtensor(best_of[batch], T.max_and_argmax(S.T, axis=1)[0])
-            S -= variety * history[batch]
-        if scale:
-            S = T.switch(scale[1][batch] > 0, S, np.float32(-np.inf))
-        score, j = T.max_and_argmax(S, axis=1)
-        better = T.gt(score, best)
-        matches, best = T.switch(better, j + above * (w - 2), matches), T.switch(better, score, best)
-    return matches, best_of
+    products = T.dot(u.reshape((H * W, D)), v.reshape((h * w, D)).T).reshape((H, W, h, w))
+    S = sum(products[y:H - 2 + y, x:W - 2 + x, y:h - 2 + y, x:w - 2 + x] for y in range(3) for x in range(3)) / 9
+    S = S.reshape(((H - 2) * (W - 2), (h - 2) * (w - 2)))                                   # (i, j)
+    if scale:
+        S *= scale[0][:, None] * scale[1]
+    best = None if history is None else T.max(S, axis=0)
+    if history is not None:
+        S -= variety * history
+    if scale:
+        S = T.switch(scale[1] > 0, S, np.float32(-np.inf))
+    return T.argmax(S, axis=1), best
 
 
 def style_copies(picture, rotations, scales, resample):
@@ -713,11 +703,11 @@ def style_loss(f, g, matches):
     matches : symbolic int ((H - 2) (W - 2),)
     """
     (H, W, C), (h, w) = (f.shape[k] for k in range(3)), (g.shape[0], g.shape[1])
-    corner = (matches // (w - 2)) * w + matches % (w - 2)               # style pixel at the top left of each match
+    corner = matches + 2 * (matches // (w - 2))                         # style pixel at the top left of each match
     style, slope, total = g.reshape((h * w, C)), T.zeros((H, W, C)), 0.
     for y in range(3):
         for x in range(3):
-            matched = style[corner + y * w + x].reshape((H - 2, W - 2, C))
+            matched = style[y * w + x:][corner].reshape((H - 2, W - 2, C))
             difference = theano.gradient.disconnected_grad(f[y:H - 2 + y, x:W - 2 + x] - matched)
             slope = T.inc_subtensor(slope[y:H - 2 + y, x:W - 2 + x], difference)
             total += T.sum(difference ** 2)
@@ -783,7 +773,7 @@ class PatchTerm:
     transparent : bool
         Whether some of the style picture is fully transparent.
     slices : int
-        Batches of matching; the engine needs none.
+        Use a GPU's matching, with scores of so many batches of style patches.
     fast : bool
         Use the engine's matching.
     """
@@ -794,7 +784,8 @@ class PatchTerm:
     arrays = 2                                                          # kept, as large as the style's features
 
     def __init__(self, options, numbers, semantic, transparent, slices, fast):
-        self.numbers, self.slices, self.match_patches = numbers, slices, fast_match if fast else match
+        self.numbers = numbers
+        self.match_patches = fast_match if fast else functools.partial(gpu_match, slices) if slices else match
         self.features, self.keys = shared(3), shared(3)                 # g, (h, w, C); v, (h, w, C + K)
         self.maps = shared(3) if semantic else None                     # m, (H, W, K)
         partial = options.rotations or options.scales or transparent
@@ -821,7 +812,7 @@ class PatchTerm:
         """Symbolic matches of the image's features f (H, W, C), and updates of matches and history."""
         u = theano.gradient.disconnected_grad(self.key(f))
         scale = self.scale and (self.image_scale(u), self.scale)
-        matches, history = self.match_patches(u, self.keys, self.slices, self.numbers['variety'], self.history, scale)
+        matches, history = self.match_patches(u, self.keys, self.numbers['variety'], self.history, scale)
         return matches, [(self.matches, matches)] + ([(self.history, history)] if self.history else [])
 
     def loss(self, f, matches):
@@ -861,12 +852,14 @@ class PatchTerm:
 
     def describe(self):
         """Number and shape of the style patches, and their memory, in words."""
-        v, arrays = self.keys.get_value(borrow=True), {id(array): array for array in (self.features, self.keys)}
-        count = (v.shape[0] - 2) * (v.shape[1] - 2)
+        shapes = {id(array): array.get_value(borrow=True, return_internal_type=True).shape
+                  for array in (self.features, self.keys)}
+        height, width, channels = shapes[id(self.keys)]
+        count = (height - 2) * (width - 2)
         if self.scale:
             count = np.count_nonzero(self.scale.get_value(borrow=True))
-        size = sum(array.get_value(borrow=True).nbytes for array in arrays.values())
-        return f'({count}, {v.shape[2]}, 3, 3) patches in {size // 1000:,}kb'
+        size = 4 * sum(map(math.prod, shapes.values()))
+        return f'({count}, {channels}, 3, 3) patches in {size // 1000:,}kb'
 
 
 class WholePatchTerm(PatchTerm):
@@ -939,14 +932,14 @@ class Objective:
     content, semantic : bool
         Whether there is a content picture, and whether there are maps.
     fast : bool
-        Use the engine, on the CPU only; else the plain formulas.
+        Use the engine, on the CPU only.
     transparent : bool
         Whether some of the style picture is fully transparent.
     slices : int
-        Batches of matching; the engine needs none.
+        Use a GPU's matching, with scores of so many batches of style patches. Without `fast` and this: plain formulas.
     """
 
-    def __init__(self, weights, options, content, semantic, fast=False, transparent=False, slices=1):
+    def __init__(self, weights, options, content, semantic, fast=False, transparent=False, slices=0):
         self.options, self.fast, self.semantic, self.term = options, fast, semantic, style_term(options)
         self.balance = balance(weights.kind)
         content_layers = options.content_layers if content and options.content_weight else []
@@ -965,7 +958,7 @@ class Objective:
                            for name, variable in term.remembered.items()}
 
         x = T.tensor3('x')
-        f = features(build_network(weights, self.layers, fast), x, self.layers)
+        f = features(build_network(weights, self.layers, fast, slices), x, self.layers)
         self.features = theano.function([x], list(f.values()))
         found = {layer: term.match(f[layer]) for layer, term in self.style.items()}
         self.matching = self.compiled(x, f, {layer: matches for layer, (matches, _) in found.items()},
@@ -975,7 +968,7 @@ class Objective:
             self.cached = self.compiled(x, f, {layer: term.matches for layer, term in self.style.items()}, [])
 
     def compiled(self, x, f, matches, updates):
-        """The function x -> loss terms and the gradient of their sum, the matches held fixed."""
+        """The function x -> array of loss terms, and the gradient of their sum, the matches held fixed."""
         terms = [self.numbers['smoothness'] * smoothness_loss(x, self.term.power)]
         terms += [self.weights['style', layer] * term.loss(f[layer], matches[layer])
                   for layer, term in self.style.items()]
@@ -983,7 +976,8 @@ class Objective:
                   for layer, target in self.target.items()]
         profile = theano.compile.ProfileStats(atexit_print=False, flag_time_thunks=True) if self.fast else False
         mode = theano.Mode(theano.gof.vm.VM_Linker(use_cloop=True, schedule=depth_first))
-        return theano.function([x], terms + [theano.grad(sum(terms), x)], updates=updates, profile=profile, mode=mode)
+        outputs = [T.concatenate([term.dimshuffle('x') for term in terms]), theano.grad(sum(terms), x)]
+        return theano.function([x], outputs, updates=updates, profile=profile, mode=mode)
 
     def set_phase(self, content, style, content_map, style_map, size, style_alpha=None):
         """Set weights, targets and style terms, which are constant during a phase.
@@ -1038,7 +1032,7 @@ class Objective:
         start, matched, x = time.perf_counter(), self.matching_seconds(), np.float32(x)
         if self.fresh and self.options.variety and not self.options.cache:
             self.matching(x)                                            # for the first h(j)
-        *terms, gradient = (self.matching if self.fresh else self.cached)(x)
+        terms, gradient = (self.matching if self.fresh else self.cached)(x)
         if not np.isfinite(terms).all() or not np.isfinite(gradient).all():
             raise FloatingPointError('the loss or its gradient is not finite')
         self.fresh = False
@@ -1053,8 +1047,8 @@ class Objective:
                                  if isinstance(node.op, Matching))
 
     def state(self):
-        """Matches and histories of the last evaluation, as arrays by name."""
-        return {name: variable.get_value() for name, variable in self.remembered.items()} | {
+        """Matches and histories of the last evaluation, as arrays by name; those of a GPU stay there."""
+        return {name: variable.get_value(return_internal_type=True) for name, variable in self.remembered.items()} | {
             'fresh': np.array(self.fresh)}                              # whether the next matches are the phase's first
 
     def restore(self, state):
@@ -1066,8 +1060,8 @@ class Objective:
         self.fresh = bool(state['fresh'])
         for name, variable in self.remembered.items():
             kind, layer = name.split()
-            values, before = state[name], variable.get_value(borrow=True)
-            height, width, _ = self.style[layer].keys.get_value(borrow=True).shape
+            values, before = (np.asarray(array) for array in (state[name], variable.get_value(borrow=True)))
+            height, width, _ = self.style[layer].keys.get_value(borrow=True, return_internal_type=True).shape
             if kind == 'matches':                                       # those of a fresh state are never read
                 sound = self.fresh or (values.size == math.prod(side // stride(layer) - 2 for side in self.size)
                                        and 0 <= values.min() and values.max() < (height - 2) * (width - 2))
@@ -2336,6 +2330,7 @@ def open_gpu(device):
             check_cuda(device)
         import theano.gpuarray
         theano.gpuarray.use(device, force=True)
+        never_wait()
         return None
     except UserError as error:
         problem, fix = error.args
@@ -2344,6 +2339,44 @@ def open_gpu(device):
         if isinstance(error, ImportError) and mounts() is not None:
             fix = 'take the gpu image, docker build -t neural-doodle:gpu --target gpu, and docker run --gpus all'
     return UserError(f'{device} cannot be used: {problem}', fix)
+
+
+def never_wait():
+    """Spare a GPU transfers and waits that Theano's Ops make at each call, and sums that keep one core of it busy."""
+    from_host, reduction, gather = (getattr(theano.gpuarray.opt, f'Gpu{name}') for name in (
+        'FromHost', 'CAReduceCuda', 'AdvancedSubtensor1'))
+
+    class Kept(theano.Op):
+        """A scalar or vector on the GPU, sent when it has changed: sizes and weights do so from phase to phase only."""
+        value = None
+
+        def make_node(self, numbers):
+            kept = from_host(None)(numbers).type()
+            kept.tag.indestructible = True                              # by Ops that work in place
+            return theano.Apply(self, [numbers], [kept])
+
+        def perform(self, node, inputs, outputs):
+            if not np.array_equal(self.value, inputs[0]):
+                self.value = np.array(inputs[0])
+                self.array = theano.gpuarray.pygpu.array(self.value, context=node.outputs[0].type.context)
+            outputs[0][0] = self.array
+
+    @theano.gof.local_optimizer([from_host])
+    def keep(node):
+        return [Kept()(*node.inputs)] if isinstance(node.op, from_host) and node.inputs[0].ndim < 2 else None
+
+    @theano.gof.local_optimizer([reduction])
+    def reduce_in_stages(node):                                         # the sum over all axes is of one block of threads
+        if isinstance(node.op, reduction) and all(node.op.reduce_mask) and node.inputs[0].ndim > 2:
+            op, kinds = node.op, dict(dtype=node.op.dtype, acc_dtype=node.op.acc_dtype)
+            rows = reduction(op.scalar_op, (node.inputs[0].ndim - 1,), pre_scalar_op=op.pre_scalar_op, **kinds)
+            return [reduction(op.scalar_op, **kinds)(rows(*node.inputs))]
+    for name, optimiser in dict(keep=keep, reduce_in_stages=reduce_in_stages).items():
+        theano.compile.optdb.register(name, theano.gof.opt.in2out(optimiser), 72, 'fast_run', 'gpuarray')
+
+    code = gather.c_code                                                # it waits for a check of the indices
+    gather.c_code = lambda *arguments: code(*arguments).replace('->ga, 1)', '->ga, 0)')
+    gather.c_code_cache_version = lambda self: (1, 0)
 
 
 # ---- engine ----------------------------------------------------------------------------------------------------------
@@ -2443,17 +2476,130 @@ class MatchingOp(CompiledOp):
         return self.call('matching', [*inputs, *missing, *(f'&{output}' for output in outputs), *missing], sub)
 
 
+class GpuOp:
+    """Base of the Ops on a GPU: a few kernels of ours, and the GPU's BLAS."""
+
+    props = ()
+
+    def apply(self, inputs, outputs):
+        """The Apply node with `outputs` of these kinds, (dtype, dimensions)."""
+        ops = theano.gpuarray.basic_ops
+        return theano.Apply(self, [ops.gpu_contiguous(ops.as_gpuarray_variable(variable, None)) for variable in inputs],
+                            [ops.GpuArrayType(kind, dimensions * (False,))() for kind, dimensions in outputs])
+
+    def perform(self, node, inputs, outputs):
+        inputs = [array.copy() if array.offset else array for array in inputs]              # kernels take no offset
+        for storage, result in zip(outputs, self.compute(*inputs)):
+            storage[0] = result
+
+
+def empty(like, *shape, kind='float32'):
+    """A new array on the GPU where the array `like` is."""
+    return theano.gpuarray.pygpu.empty(shape, kind, context=like.context)
+
+
+def multiply(A, B, C, **how):
+    """The product of matrices A and B, or with ``beta=1`` C and it, in place of C, all on a GPU."""
+    theano.gpuarray.pygpu.blas.gemm(1, A, B, how.pop('beta', 0), C, overwrite_c=True, **how)
+
+
+def launch(name, blocks, threads, *arguments):
+    """Launch a kernel of `KERNELS` with arrays and numbers below 2^32."""
+    arrays = sum(hasattr(argument, 'gpudata') for argument in arguments)
+    kernel(arguments[0].context, name, arrays, len(arguments) - arrays)(*arguments, gs=blocks, ls=threads)
+
+
+@functools.cache
+def kernel(context, name, arrays, numbers):
+    """A kernel of `KERNELS`, compiled."""
+    pygpu = theano.gpuarray.pygpu.gpuarray
+    return pygpu.GpuKernel(KERNELS, name, arrays * [pygpu.GpuArray] + numbers * ['uint32'], context=context)
+
+
+class GpuConvolutionOp(GpuOp):
+    """`Convolution` on a GPU: a sum of nine products, of shifted pixels and each a ninth of the filters.
+
+    The image is stored with a border of zeros, so that a shift of its pixels is a shift of the rows of a matrix. No
+    product needs a copy, as the columns of im2col are, which take nine times the memory of the image.
+    """
+
+    props = 'pool', 'backward'
+
+    def __init__(self, pool=False, backward=False):
+        self.pool, self.backward = pool, backward
+
+    def make_node(self, *inputs):
+        """Forward x (H, W, C), filters (9, C, K), bias (K,); backward dy, y (H, W, K), filters, x."""
+        return self.apply(inputs, [('float32', 3)])
+
+    def L_op(self, inputs, outputs, gradients):
+        x, filters, _ = inputs
+        dx = GpuConvolution(self.pool, True)(gradients[0], outputs[0], filters, x)
+        return [dx] + [theano.gradient.grad_undefined(self, k, inputs[k]) for k in (1, 2)]
+
+    def compute(self, x, *others):
+        (height, width, C), pool, back = x.shape, self.pool, self.backward
+        filters, (H, W) = others[back], (height, width) if back else (height >> pool, width >> pool)
+        rows = H * (W + 2)                                              # of pixels, with two of the border in each line
+        padded = empty(x, rows + 2 * (W + 2) + 2, C)
+        launch('pad', len(padded), 64, x, others[0], padded, H, W, C, width, pool and not back, back)
+        sums = empty(x, rows, filters.shape[1 if back else 2])
+        for k in range(9):
+            first = k // 3 * (W + 2) + k % 3
+            multiply(padded[first:first + rows], filters[8 - k if back else k], sums, trans_b=back, beta=k > 0)
+        del padded
+        height, width = others[2].shape[:2] if back else (H, W)
+        y = empty(x, height, width, sums.shape[1])
+        launch('crop', height * width, 64, sums, others[1], y, H, W, sums.shape[1], width, pool and back, not back)
+        return [y]
+
+
+class GpuMatchingOp(GpuOp):
+    """`Matching` on a GPU: products of pixels by its BLAS, and the best of their sums by a kernel.
+
+    Parameters
+    ----------
+    slices : int
+        Least number of batches into which rows of style patches are split, to save memory; matches do not depend on it.
+    """
+
+    props = 'slices',
+
+    def __init__(self, slices):
+        self.slices = slices
+
+    def make_node(self, u, v, a, b, *penalty):
+        """Inputs and outputs are those of `Matching`, on the GPU."""
+        return self.apply((u, v, a, b, *penalty), [('int64', 1)] + [('float32', 1) for _ in penalty])
+
+    def compute(self, u, v, a, b, *penalty):
+        (H, W, D), (h, w, _) = u.shape, v.shape
+        # A matrix has less than 2^31 numbers: cuBLAS counts them in 32 bits.
+        rows = max(1, min(math.ceil((h - 2) / self.slices), ((1 << 31) - 1) // (H * W * w) - 2))
+        count, u, v = (H - 2) * (W - 2), u.reshape((H * W, D)), v.reshape((h * w, D))
+        products, best, matches = empty(u, H * W, (rows + 2) * w), empty(u, count), empty(u, count, kind='int64')
+        history = [empty(u, (h - 2) * (w - 2)) for _ in penalty]
+        for first in range(0, h - 2, rows):
+            first = min(first, h - 2 - rows)                            # the last batch may overlap the one before
+            multiply(u, v[first * w:(first + rows + 2) * w], products, trans_b=True)
+            numbers = H, W, w, rows, first, a.size > 0
+            launch('best_patch', count, 256, products, a, b, *(penalty or [b]), best, matches, *numbers, len(penalty))
+            if history:
+                launch('best_score', math.ceil(rows * w / 256), 256, products, a, b, *history, *numbers)
+        return [matches, *history]
+
+
 def define_ops():
-    """Define the Ops `Convolution` and `Matching` once Theano, which has their base class, is imported.
+    """Define the Ops `Convolution` and `Matching`, and a GPU's, once Theano, which has their base class, is imported.
 
     Theano's compile cache uses the pickled name of an Op, so that the module is `doodle` also when it is __main__.
     """
-    global Convolution, Matching
+    global Convolution, Matching, GpuConvolution, GpuMatching
     if 'Matching' not in globals():
         sys.modules.setdefault('doodle', sys.modules[__name__])
-        Convolution, Matching = (
+        Convolution, Matching, GpuConvolution, GpuMatching = (
             type(theano.Op)(kind.__name__[:-2], (kind, theano.Op), dict(__props__=kind.props, __module__='doodle'))
-            for kind in (ConvolutionOp, MatchingOp))
+            for kind in (ConvolutionOp, MatchingOp, GpuConvolutionOp, GpuMatchingOp))
 
 
 def fast_convolution(W, b, pool):
@@ -2472,13 +2618,25 @@ def fast_convolution(W, b, pool):
     return lambda x, *_, **__: Convolution(pool)(x.dimshuffle(2, 3, 1), *constants).dimshuffle('x', 2, 0, 1)
 
 
-def fast_match(u, v, slices, variety=None, history=None, scale=None):
-    """`match` by the engine, which stores so few products at a time that `slices` is not needed."""
-    a, b = scale or 2 * [np.zeros(0, np.float32)]
+def gpu_convolution(W, b, pool):
+    """`fast_convolution` on a GPU."""
+    W = np.ascontiguousarray(W.transpose(2, 3, 1, 0).reshape(9, W.shape[1], -1))
+    filters, bias = (theano.shared(np.float32(array)) for array in (W, b))
+    return lambda x, *_, **__: GpuConvolution(pool)(x.dimshuffle(2, 3, 1), filters, bias).dimshuffle('x', 2, 0, 1)
+
+
+def fast_match(u, v, variety=None, history=None, scale=None, find=None):
+    """`match` by the engine, which stores few products at a time, or by another Op."""
+    find, (a, b) = find or Matching(), scale or 2 * [np.zeros(0, np.float32)]
     if history is None:
-        return Matching()(u, v, a, b), None
-    matches, best = Matching()(u, v, a, b, np.float32(9) * variety * history)
+        return find(u, v, a, b), None
+    matches, best = find(u, v, a, b, np.float32(9) * variety * history)
     return matches, best / np.float32(9)
+
+
+def gpu_match(slices, u, v, variety=None, history=None, scale=None):
+    """`match` on a GPU, in at least so many slices."""
+    return fast_match(u, v, variety, history, scale, GpuMatching(slices))
 
 
 def depth_first(graph):
@@ -3995,8 +4153,8 @@ class Journal:
         for layer, term in objective.style.items():
             self.say(f'  - Style layer {layer}: {term.describe()}.')
         for layer, target in objective.target.items():
-            f = target.get_value(borrow=True)
-            self.say(f'  - Content layer conv{layer}: {f.shape[2]} features in {f.nbytes // 1000:,}kb.')
+            shape = target.get_value(borrow=True, return_internal_type=True).shape
+            self.say(f'  - Content layer conv{layer}: {shape[2]} features in {4 * math.prod(shape) // 1000:,}kb.')
         self.say('')
         self.since = time.time()
 
@@ -4578,6 +4736,90 @@ static void matching(PyArrayObject *image, PyArrayObject *style, PyArrayObject *
     npy_int64 *numbers = (npy_int64 *)allocate(matches, 1, &M, NPY_INT64);
     float *scores = history ? (float *)allocate(history, 1, &N, NPY_FLOAT32) : NULL;
     (scaled ? match<true> : match<false>)(u, H, W, v, h, w, u.size(2), penalty, a, b, numbers, scores);
+}
+'''
+
+
+
+# The kernels of the Ops on a GPU, in what is common to the C of CUDA and of OpenCL.
+KERNELS = r'''#include "cluda.h"
+
+// The image x (., width, C), or means of 2x2 of its pixels, as H lines of W pixels and a border of zeros; pixels of which
+// y (H, W, C) was not positive are zero, too.
+KERNEL void pad(GLOBAL_MEM const float *x, GLOBAL_MEM const float *y, GLOBAL_MEM float *padded,
+                ga_uint H, ga_uint W, ga_uint C, ga_uint width, ga_uint pool, ga_uint masked) {
+    ga_uint row = GID_0 / (W + 2) - 1, column = GID_0 % (W + 2) - 1;
+    for (ga_uint c = LID_0; c < C; c += LDIM_0) {
+        float value = 0;
+        if (row < H && column < W && !(masked && y[((ga_size)row * W + column) * C + c] <= 0)) {
+            GLOBAL_MEM const float *from = x + ((ga_size)(row << pool) * width + (column << pool)) * C + c;
+            value = *from;
+            if (pool) value = (value + from[C] + from[(ga_size)width * C] + from[(ga_size)width * C + C]) / 4;
+        }
+        padded[(ga_size)GID_0 * C + c] = value;
+    }
+}
+
+// The inverse, from `sums` (H, W + 2, C) to y (., width, C): of 2x2 pixels each has a quarter of the mean's.
+KERNEL void crop(GLOBAL_MEM const float *sums, GLOBAL_MEM const float *bias, GLOBAL_MEM float *y,
+                 ga_uint H, ga_uint W, ga_uint C, ga_uint width, ga_uint pool, ga_uint rectified) {
+    ga_uint row = GID_0 / width >> pool, column = GID_0 % width >> pool;
+    for (ga_uint c = LID_0; c < C; c += LDIM_0) {
+        float value = row < H && column < W ? sums[((ga_size)row * (W + 2) + column) * C + c] : 0;
+        if (rectified) value = value + bias[c] < 0 ? 0 : value + bias[c];
+        y[(ga_size)GID_0 * C + c] = pool ? value / 4 : value;
+    }
+}
+
+// The sum of nine products of pixels, of `products` of the pixels of the image and of some rows of the style's.
+WITHIN_KERNEL float score(GLOBAL_MEM const float *products, ga_uint W, ga_uint w, ga_uint columns) {
+    float sum = 0;
+    for (ga_uint y = 0; y < 3; y++)
+        for (ga_uint x = 0; x < 3; x++) sum += products[(ga_size)(y * W + x) * columns + y * w + x];
+    return sum;
+}
+
+#define NOTHING (-3.4e38f)
+
+// The best patch j of `rows` rows from the row `first` on, or of those before, for each i; a block for each i.
+KERNEL void best_patch(GLOBAL_MEM const float *products, GLOBAL_MEM const float *a, GLOBAL_MEM const float *b,
+                       GLOBAL_MEM const float *penalty, GLOBAL_MEM float *best, GLOBAL_MEM ga_long *matches,
+                       ga_uint H, ga_uint W, ga_uint w, ga_uint rows, ga_uint first, ga_uint scaled, ga_uint varied) {
+    LOCAL_MEM float scores[256];
+    LOCAL_MEM ga_uint patches[256];
+    ga_uint i = GID_0, t = LID_0, columns = (rows + 2) * w, patch = 0;
+    float most = NOTHING;
+    products += (ga_size)(i / (W - 2) * W + i % (W - 2)) * columns;
+    for (ga_uint q = t; q < rows * w; q += LDIM_0) {
+        ga_uint j = first * (w - 2) + q - q / w * 2;
+        if (q % w >= w - 2 || (scaled && !(b[j] > 0))) continue;
+        float S = score(products + q, W, w, columns);
+        if (scaled) S *= a[i] * b[j];
+        if (varied) S -= penalty[j];
+        if (S > most) most = S, patch = j;
+    }
+    scores[t] = most, patches[t] = patch;
+    for (ga_uint half = LDIM_0 / 2; half; half /= 2) {
+        local_barrier();
+        if (t < half && (scores[t + half] > scores[t] || (scores[t + half] == scores[t] && patches[t + half] < patches[t])))
+            scores[t] = scores[t + half], patches[t] = patches[t + half];
+    }
+    if (t == 0 && (first == 0 || scores[0] > best[i])) best[i] = scores[0], matches[i] = patches[0];
+}
+
+// The best score of any i for each j of these rows, without penalty; a thread for each j.
+KERNEL void best_score(GLOBAL_MEM const float *products, GLOBAL_MEM const float *a, GLOBAL_MEM const float *b,
+                       GLOBAL_MEM float *best, ga_uint H, ga_uint W, ga_uint w, ga_uint rows, ga_uint first,
+                       ga_uint scaled) {
+    ga_uint q = GID_0 * LDIM_0 + LID_0, columns = (rows + 2) * w, j = first * (w - 2) + q - q / w * 2;
+    float most = NOTHING;
+    if (q >= rows * w || q % w >= w - 2) return;
+    for (ga_uint i = 0; i < (H - 2) * (W - 2); i++) {
+        float S = score(products + (ga_size)(i / (W - 2) * W + i % (W - 2)) * columns + q, W, w, columns);
+        if (scaled) S *= a[i] * b[j];
+        if (S > most) most = S;
+    }
+    best[j] = most;
 }
 '''
 

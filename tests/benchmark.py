@@ -43,7 +43,7 @@ class Ours:
 
     def __init__(self, fast, weights, options, content, style, content_map, style_map):
         self.fast, self.weights, self.options = fast, weights, options
-        self.objective = doodle.Objective(weights, options, True, True, fast, slices=options.slices)
+        self.objective = doodle.Objective(weights, options, True, True, fast)
         self.objective.set_phase(content, style, content_map, style_map, content.shape[:0:-1])
 
     def alone(self):
@@ -52,7 +52,7 @@ class Ours:
         f = doodle.features(doodle.build_network(self.weights, ['4_2'], self.fast), x, ['4_2'])['4_2']
         self.network = doodle.theano.function([x], doodle.theano.grad(doodle.T.sum(f ** 2), x))
         u = {layer: doodle.T.tensor3() for layer in self.objective.style}
-        self.search = doodle.theano.function(list(u.values()), [find(u[layer], term.keys, self.options.slices)[0]
+        self.search = doodle.theano.function(list(u.values()), [find(u[layer], term.keys)[0]
                                                                 for layer, term in self.objective.style.items()])
 
     def evaluate(self, x):
@@ -175,7 +175,7 @@ def main():
     parser.add_argument('--alone', help=argparse.SUPPRESS)
     a = parser.parse_args()
     weights, _ = doodle.read_weights(a.weights)
-    options = doodle.parse_options(['--style=-', '--content-weight=10', '--style-weight=10', '--slices=2'])
+    options = doodle.parse_options(['--style=-', '--content-weight=10', '--style-weight=10'])
     pair = faces(*a.size)
     x = np.random.default_rng(0).uniform(16, 240, pair[0].shape)
     if a.alone:

@@ -54,8 +54,8 @@ def test_convolution_refuses_what_does_not_fit(doodle):
 def found(doodle):
     """Matches, and with a history the new one, by arrays u (H, W, D), v (h, w, D) and variety 0.3."""
     u, v, history = doodle.T.tensor3(), doodle.T.tensor3(), doodle.T.vector()
-    plain = doodle.theano.function([u, v], doodle.fast_match(u, v, 1)[0])
-    varied = doodle.theano.function([u, v, history], doodle.fast_match(u, v, 1, np.float32(0.3), history))
+    plain = doodle.theano.function([u, v], doodle.fast_match(u, v)[0])
+    varied = doodle.theano.function([u, v, history], doodle.fast_match(u, v, np.float32(0.3), history))
     return lambda u, v, *history: varied(u, v, *history) if history else plain(u, v)
 
 
@@ -111,7 +111,7 @@ def test_cores_are_those_of_the_cpu_set_and_the_cgroup(doodle, monkeypatch, file
 
 @pytest.mark.slow
 @pytest.mark.parametrize('evaluations, choices', [
-    (60, ['--slices=3']), (12, ['--rotations=1']), (20, ['--method=li-wand', '--rotations=0', '--scales=1'])])
+    (60, []), (12, ['--rotations=1']), (20, ['--method=li-wand', '--rotations=0', '--scales=1'])])
 def test_a_whole_run_is_that_of_the_plain_formulas(doodle, tmp_path, evaluations, choices):
     """At every image the engine's losses, matches and gradient are those of the plain graph."""
     weights, _ = doodle.read_weights(str(ROOT / 'vgg16.npz'))
@@ -122,8 +122,7 @@ def test_a_whole_run_is_that_of_the_plain_formulas(doodle, tmp_path, evaluations
     size, style_size = (48, 56), (62, 54)
     content, style = (doodle.to_planes(doodle.resized(picture, to, doodle.Image.LANCZOS))
                       for picture, to in ((inputs.content, size), (inputs.style, style_size)))
-    engine, plain = (doodle.Objective(weights, options, True, inputs.style_map is not None, fast,
-                                      slices=options.slices or 1)
+    engine, plain = (doodle.Objective(weights, options, True, inputs.style_map is not None, fast)
                      for fast in (True, False))
     for objective in (engine, plain):
         objective.set_phase(content, style, inputs.content_map, inputs.style_map, size)
