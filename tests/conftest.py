@@ -84,6 +84,31 @@ def run():
     return run
 
 
+@pytest.fixture(scope='session')
+def card(tmp_path_factory, pytestconfig):
+    """The environment of a process in which CUDA has a card: cuda_on_cpu.cpp, whose head tells its switches."""
+    folder = tmp_path_factory.mktemp('card')
+    (folder / 'packages').mkdir()
+    for package in ('pygpu', 'mako', 'markupsafe'):                     # Debian's, and none of its other packages
+        if not importlib.util.find_spec(package) and (debian := Path('/usr/lib/python3/dist-packages', package)).exists():
+            (folder / 'packages' / package).symlink_to(debian)
+    path = os.pathsep.join(map(str, (folder / 'packages', ROOT, ROOT / 'tests')))
+    tried = subprocess.run([sys.executable, '-c', 'import pygpu'], env=os.environ | {'PYTHONPATH': path},
+                           capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f'pygpu: {tried.stderr.splitlines()[-1]}')
+    subprocess.run(['g++', '-std=gnu++17', '-O3', '-shared', '-fPIC', '-U_FORTIFY_SOURCE', '-Wl,-soname,libcuda.so.1', '-o',
+                    folder / 'libcuda.so.1', ROOT / 'tests/cuda_on_cpu.cpp', '-ldl'], check=True)
+    for name in ('cuda', 'nvrtc', 'cublas'):
+        (folder / f'lib{name}.so').symlink_to('libcuda.so.1')
+    cache = getattr(pytestconfig, 'cache', None)
+    kernels = cache.mkdir('cuda-on-cpu') if cache else folder / 'kernels'
+    flags = [os.environ.get('THEANO_FLAGS', ''), 'gcc.cxxflags=-O0', 'gpuarray.preallocate=-1',    # -1: guarded buffers
+             f'gpuarray.cache_path={folder / "cache"}']
+    return os.environ | {'LD_LIBRARY_PATH': str(folder), 'EMU_DIR': str(kernels), 'PYTHONPATH': path,
+                         'THEANO_FLAGS': ','.join(filter(None, flags))}
+
+
 @pytest.fixture
 def handlers():
     """Handlers of signals are after the test what they were before."""
