@@ -975,7 +975,7 @@ class Objective:
         terms += [self.weights['content', layer] * content_loss(f[layer], target)
                   for layer, target in self.target.items()]
         profile = theano.compile.ProfileStats(atexit_print=False, flag_time_thunks=True) if self.fast else False
-        mode = theano.Mode(theano.gof.vm.VM_Linker(use_cloop=True, schedule=depth_first))
+        mode = theano.Mode(theano.gof.vm.VM_Linker(use_cloop=self.fast, schedule=depth_first))  # C ignores a schedule
         outputs = [T.concatenate([term.dimshuffle('x') for term in terms]), theano.grad(sum(terms), x)]
         return theano.function([x], outputs, updates=updates, profile=profile, mode=mode)
 
@@ -1804,25 +1804,54 @@ def memory_needed(size, style_size, options):
 MORE_MEMORY = 'raise docker run --memory, or on Docker Desktop the memory in its settings'
 
 
-def check_memory(inputs, options):
-    """Refuse a run that does not fit into memory, naming a size that does."""
+def gpu_memory_needed(size, style_size, options, slices=None):
+    """Bytes at the peak of a run on a GPU, with matching in so many slices, or in as many as there can be.
+
+    The peak is where features or keys of the style are made, or where the image is painted, or in its matching. The
+    numbers are fitted to peaks on tests/cuda_on_cpu.cpp; the last ones are for the BLAS, and for gaps between arrays.
+    """
+    def floats(names):                                                  # bytes for each pixel of the picture
+        return sum(4 * filters(name) / stride(name) ** 2 for name in names)
+    content = options.content_layers if options.content else []
+    names, style, term = layer_names('vgg19', options.style_layers + content), options.style_layers, style_term(options)
+    area, style_area, copies = math.prod(size), math.prod(style_size), copy_count(options)
+    kept = sum(36 * before * filters(name) for before, name in zip([3, *map(filters, names)], names))
+    kept += floats(content) * area + floats(style) * term.arrays * copies * style_area
+    making = max(0.71 * floats(names) * style_area, 2.3 * floats(style) * copies * style_area)
+    painting = (1.2 * floats(names) + floats(style)) * area
+    products = 0                                                        # of the largest slice
+    for layer in style if term.patched else []:
+        W, H, w, h = (side // stride(layer) for side in (*size, *sheet_size(style_size, options)))
+        rows = min(math.ceil((h - 2) / (slices or h)), (1 << 31) // (H * W * w) - 2)
+        products = max(products, 4 * H * W * w * (max(1, rows) + 2))
+    return 200e6 + 1.1 * (kept + max(making, painting, 1.06 * floats(names) * area + products))
+
+
+def check_memory(inputs, options, device='cpu'):
+    """Refuse a run that does not fit into the memory of the device, naming a size that does."""
     size, style_size = inputs.size, inputs.style.shape[1::-1]
 
     def sizes(longest):
         shrunk = [[math.ceil(side * min(1, longest / max(size))) for side in size] for size in (size, style_size)]
         return (shrunk[0], style_size) if options.output_size else shrunk
-    limit, needed = memory_limit(), memory_needed(size, style_size, options)
+    estimate, limit = memory_needed, memory_limit
+    if device != 'cpu':
+        estimate, limit = gpu_memory_needed, lambda: theano.gpuarray.get_context(None).free_gmem
+    limit, needed = limit(), estimate(size, style_size, options)
     if needed <= limit:
         return
-    longest = bisect.bisect(range(max(size + style_size)), limit, key=lambda n: memory_needed(*sizes(n), options)) - 1
+    longest = bisect.bisect(range(max(size + style_size)), limit, key=lambda n: estimate(*sizes(n), options)) - 1
     fix = '--output-size={}x{}'.format(*sizes(longest)[0]) if options.output_size else f'--max-size={longest}'
     more = 'close other programs, raise ulimit -v, or use a machine with more memory'
-    if mounts() is not None:
+    if device != 'cpu':
+        more = '--device=cpu, or a card with more memory'
+    elif mounts() is not None:
         more = MORE_MEMORY
         fix += f', or {more}'
     fix = fix if longest >= 64 else more
     raise UserError(f'{size[0]}x{size[1]} pixels in the style of {style_size[0]}x{style_size[1]} need about '
-                    f'{needed / 1e9:.1f} GB of memory, and there are {limit / 1e9:.1f} GB.', fix)
+                    f'{needed / 1e9:.1f} GB of memory, and there are {limit / 1e9:.1f} GB'
+                    f'{"" if device == "cpu" else f" on {device}"}.', fix)
 
 
 def check_sizes(inputs, options):
@@ -1882,33 +1911,20 @@ def plan(inputs, options):
                     f'{memory_needed(inputs.size, style_size, options) / 1e9:.1f} GB in all.']
 
 
-def fitting_slices(image, style, layers, memory):
-    """The number of slices with which the scores of `match` fit into their share of a GPU's memory.
-
-    Parameters
-    ----------
-    image, style : (width, height) of the two pictures
-    layers : list of str
-        Style layers.
-    memory : int
-        Free bytes. The scores get a quarter, at most 4 GB: the network needs the rest, and fewer slices save no time.
-    """
-    needed = [1]
-    for layer in layers:
-        W, H, w, h = (side // stride(layer) for side in (*image, *style))
-        # Three arrays at once: products, their sum, a spare. A batch takes two more rows of pixels than of patches.
-        row = 3 * 4 * H * W * w
-        needed.append(min(h - 2, math.ceil((h - 2) / max(1, min(memory / 4, 1 << 32) // row - 2))))
-    return max(needed)
+def sheet_size(style_size, options):
+    """(width, height) of all copies of the style picture in a `sheet`, or somewhat more."""
+    return math.ceil(style_size[0] * (1 + 0.05 * options.scales)), style_size[1] * copy_count(options)
 
 
 def choose_slices(inputs, options, device):
-    """Batches of matching: --slices, or by the free memory of a GPU; the engine, on the CPU, needs none."""
+    """Batches of matching: --slices, or as few as fit a GPU's free memory; the engine, on the CPU, needs none."""
+    if device != 'cpu':
+        check_memory(inputs, options, device)
     if options.slices or device == 'cpu':
         return options.slices or 1
-    width, height = inputs.style.shape[1::-1]                           # of the sheet of all copies:
-    style_size = math.ceil(width * (1 + 0.05 * options.scales)), height * copy_count(options)
-    return fitting_slices(inputs.size, style_size, options.style_layers, theano.gpuarray.get_context(None).free_gmem)
+    style_size, free = inputs.style.shape[1::-1], theano.gpuarray.get_context(None).free_gmem
+    return 1 + bisect.bisect_left(range(1, sheet_size(style_size, options)[1]), -free,
+                                  key=lambda n: -gpu_memory_needed(inputs.size, style_size, options, n))
 
 
 def check_compiler(compiler='g++'):
@@ -2366,7 +2382,7 @@ def never_wait():
         return [Kept()(*node.inputs)] if isinstance(node.op, from_host) and node.inputs[0].ndim < 2 else None
 
     @theano.gof.local_optimizer([reduction])
-    def reduce_in_stages(node):                                         # the sum over all axes is of one block of threads
+    def reduce_in_stages(node):                                         # one block of threads would sum over all axes
         if isinstance(node.op, reduction) and all(node.op.reduce_mask) and node.inputs[0].ndim > 2:
             op, kinds = node.op, dict(dtype=node.op.dtype, acc_dtype=node.op.acc_dtype)
             rows = reduction(op.scalar_op, (node.inputs[0].ndim - 1,), pre_scalar_op=op.pre_scalar_op, **kinds)
@@ -2640,14 +2656,22 @@ def gpu_match(slices, u, v, variety=None, history=None, scale=None):
 
 
 def depth_first(graph):
-    """Schedule of a graph's nodes, each just before its result is used: Theano's default order holds more arrays."""
-    order, stack = {}, [variable.owner for variable in reversed(graph.outputs) if variable.owner]
+    """Schedule of a graph's nodes, the last output first: each just before its result is used, but sums at once.
+
+    Theano's own order holds more arrays, such as the nine differences of `style_loss` until all are summed.
+    """
+    def add(node):
+        order[node] = True
+        for client in dict.fromkeys(client for variable in node.outputs for client, _ in variable.clients):
+            if client != 'output' and isinstance(client.op, T.elemwise.CAReduce) and len(client.inputs) == 1:
+                add(client)
+    order, stack = {}, [variable.owner for variable in graph.outputs if variable.owner]
     before = graph.orderings()                                          # readers of what an in-place node overwrites
     while stack:
         needed = [variable.owner for variable in stack[-1].inputs] + list(before.get(stack[-1], ()))
         needed = [node for node in needed if node and node not in order]
         if not needed:
-            order[stack.pop()] = True
+            add(stack.pop())
         stack += needed[::-1]
     return list(order)
 
@@ -4744,8 +4768,8 @@ static void matching(PyArrayObject *image, PyArrayObject *style, PyArrayObject *
 # The kernels of the Ops on a GPU, in what is common to the C of CUDA and of OpenCL.
 KERNELS = r'''#include "cluda.h"
 
-// The image x (., width, C), or means of 2x2 of its pixels, as H lines of W pixels and a border of zeros; pixels of which
-// y (H, W, C) was not positive are zero, too.
+// The image x (., width, C), or means of 2x2 of its pixels, as H lines of W pixels in a border of zeros; where y (H, W,
+// C) was not positive, zero too.
 KERNEL void pad(GLOBAL_MEM const float *x, GLOBAL_MEM const float *y, GLOBAL_MEM float *padded,
                 ga_uint H, ga_uint W, ga_uint C, ga_uint width, ga_uint pool, ga_uint masked) {
     ga_uint row = GID_0 / (W + 2) - 1, column = GID_0 % (W + 2) - 1;
@@ -4801,8 +4825,9 @@ KERNEL void best_patch(GLOBAL_MEM const float *products, GLOBAL_MEM const float 
     scores[t] = most, patches[t] = patch;
     for (ga_uint half = LDIM_0 / 2; half; half /= 2) {
         local_barrier();
-        if (t < half && (scores[t + half] > scores[t] || (scores[t + half] == scores[t] && patches[t + half] < patches[t])))
-            scores[t] = scores[t + half], patches[t] = patches[t + half];
+        ga_uint o = t + half;
+        if (t < half && (scores[o] > scores[t] || (scores[o] == scores[t] && patches[o] < patches[t])))
+            scores[t] = scores[o], patches[t] = patches[o];
     }
     if (t == 0 && (first == 0 || scores[0] > best[i])) best[i] = scores[0], matches[i] = patches[0];
 }
