@@ -1815,8 +1815,8 @@ def gpu_memory_needed(size, style_size, options, slices=None):
     content = options.content_layers if options.content else []
     names, style, term = layer_names('vgg19', options.style_layers + content), options.style_layers, style_term(options)
     area, style_area, copies = math.prod(size), math.prod(style_size), copy_count(options)
-    kept = sum(36 * before * filters(name) for before, name in zip([3, *map(filters, names)], names))
-    kept += floats(content) * area + floats(style) * term.arrays * copies * style_area
+    constant = sum(36 * before * filters(name) for before, name in zip([3, *map(filters, names)], names))
+    constant += floats(content) * area + floats(style) * term.arrays * copies * style_area
     making = max(0.71 * floats(names) * style_area, 2.3 * floats(style) * copies * style_area)
     painting = (1.2 * floats(names) + floats(style)) * area
     products = 0                                                        # of the largest slice
@@ -1824,7 +1824,7 @@ def gpu_memory_needed(size, style_size, options, slices=None):
         W, H, w, h = (side // stride(layer) for side in (*size, *sheet_size(style_size, options)))
         rows = min(math.ceil((h - 2) / (slices or h)), (1 << 31) // (H * W * w) - 2)
         products = max(products, 4 * H * W * w * (max(1, rows) + 2))
-    return 200e6 + 1.1 * (kept + max(making, painting, 1.06 * floats(names) * area + products))
+    return 200e6 + 1.1 * (constant + max(making, painting, 1.06 * floats(names) * area + products))
 
 
 def check_memory(inputs, options, device='cpu'):
@@ -2367,9 +2367,9 @@ def never_wait():
         value = None
 
         def make_node(self, numbers):
-            kept = from_host(None)(numbers).type()
-            kept.tag.indestructible = True                              # by Ops that work in place
-            return theano.Apply(self, [numbers], [kept])
+            copy = from_host(None)(numbers).type()
+            copy.tag.indestructible = True                              # by Ops that work in place
+            return theano.Apply(self, [numbers], [copy])
 
         def perform(self, node, inputs, outputs):
             if not np.array_equal(self.value, inputs[0]):
@@ -2549,20 +2549,20 @@ class GpuConvolutionOp(GpuOp):
         return self.apply(inputs, [('float32', 3)])
 
     def L_op(self, inputs, outputs, gradients):
-        x, filters, _ = inputs
-        dx = GpuConvolution(self.pool, True)(gradients[0], outputs[0], filters, x)
+        x, ninths, _ = inputs
+        dx = GpuConvolution(self.pool, True)(gradients[0], outputs[0], ninths, x)
         return [dx] + [theano.gradient.grad_undefined(self, k, inputs[k]) for k in (1, 2)]
 
     def compute(self, x, *others):
         (height, width, C), pool, back = x.shape, self.pool, self.backward
-        filters, (H, W) = others[back], (height, width) if back else (height >> pool, width >> pool)
+        ninths, (H, W) = others[back], (height, width) if back else (height >> pool, width >> pool)
         rows = H * (W + 2)                                              # of pixels, with two of the border in each line
         padded = empty(x, rows + 2 * (W + 2) + 2, C)
         launch('pad', len(padded), 64, x, others[0], padded, H, W, C, width, pool and not back, back)
-        sums = empty(x, rows, filters.shape[1 if back else 2])
+        sums = empty(x, rows, ninths.shape[1 if back else 2])
         for k in range(9):
             first = k // 3 * (W + 2) + k % 3
-            multiply(padded[first:first + rows], filters[8 - k if back else k], sums, trans_b=back, beta=k > 0)
+            multiply(padded[first:first + rows], ninths[8 - k if back else k], sums, trans_b=back, beta=k > 0)
         del padded
         height, width = others[2].shape[:2] if back else (H, W)
         y = empty(x, height, width, sums.shape[1])
@@ -2637,8 +2637,8 @@ def fast_convolution(W, b, pool):
 def gpu_convolution(W, b, pool):
     """`fast_convolution` on a GPU."""
     W = np.ascontiguousarray(W.transpose(2, 3, 1, 0).reshape(9, W.shape[1], -1))
-    filters, bias = (theano.shared(np.float32(array)) for array in (W, b))
-    return lambda x, *_, **__: GpuConvolution(pool)(x.dimshuffle(2, 3, 1), filters, bias).dimshuffle('x', 2, 0, 1)
+    ninths, bias = (theano.shared(np.float32(array)) for array in (W, b))
+    return lambda x, *_, **__: GpuConvolution(pool)(x.dimshuffle(2, 3, 1), ninths, bias).dimshuffle('x', 2, 0, 1)
 
 
 def fast_match(u, v, variety=None, history=None, scale=None, find=None):
