@@ -1822,7 +1822,7 @@ def gpu_memory_needed(size, style_size, options, slices=None):
     products = 0                                                        # of the largest slice
     for layer in style if term.patched else []:
         W, H, w, h = (side // stride(layer) for side in (*size, *sheet_size(style_size, options)))
-        rows = min(math.ceil((h - 2) / (slices or h)), (1 << 31) // (H * W * w) - 2)
+        rows = min(math.ceil((h - 2) / (slices or h)), (1 << 31) // max(1, H * W * w) - 2)
         products = max(products, 4 * H * W * w * (max(1, rows) + 2))
     return 200e6 + 1.1 * (constant + max(making, painting, 1.06 * floats(names) * area + products))
 
@@ -1917,14 +1917,22 @@ def sheet_size(style_size, options):
 
 
 def choose_slices(inputs, options, device):
-    """Batches of matching: --slices, or as few as fit a GPU's free memory; the engine, on the CPU, needs none."""
-    if device != 'cpu':
-        check_memory(inputs, options, device)
-    if options.slices or device == 'cpu':
+    """Batches of matching: --slices, or as few as fit a GPU's free memory; the engine, on the CPU, needs none.
+
+    A GPU's memory is taken as one block, from which libgpuarray cuts its arrays: of many blocks some would lie idle.
+    """
+    if device == 'cpu':
         return options.slices or 1
-    style_size, free = inputs.style.shape[1::-1], theano.gpuarray.get_context(None).free_gmem
-    return 1 + bisect.bisect_left(range(1, sheet_size(style_size, options)[1]), -free,
-                                  key=lambda n: -gpu_memory_needed(inputs.size, style_size, options, n))
+    check_memory(inputs, options, device)
+    context, style_size = theano.gpuarray.get_context(None), inputs.style.shape[1::-1]
+    free = context.free_gmem
+
+    def needed(slices):
+        return gpu_memory_needed(inputs.size, style_size, options, slices)
+    slices = options.slices or 1 + bisect.bisect_left(
+        range(1, sheet_size(style_size, options)[1]), -free, key=lambda count: -needed(count))
+    theano.gpuarray.pygpu.empty(int(min(needed(slices) - 1e8, free - 1e8)), 'int8', context=context)
+    return slices
 
 
 def check_compiler(compiler='g++'):
@@ -2521,7 +2529,7 @@ def multiply(A, B, C, **how):
 
 def launch(name, blocks, threads, *arguments):
     """Launch a kernel of `KERNELS` with arrays and numbers below 2^32."""
-    arrays = sum(hasattr(argument, 'gpudata') for argument in arguments)
+    arrays = sum(isinstance(argument, type(arguments[0])) for argument in arguments)
     kernel(arguments[0].context, name, arrays, len(arguments) - arrays)(*arguments, gs=blocks, ls=threads)
 
 
