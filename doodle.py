@@ -1822,7 +1822,7 @@ def gpu_memory_needed(size, style_size, options, slices=None):
     products = 0                                                        # of the largest slice
     for layer in style if term.patched else []:
         W, H, w, h = (side // stride(layer) for side in (*size, *sheet_size(style_size, options)))
-        rows = min(math.ceil((h - 2) / (slices or h)), (1 << 31) // max(1, H * W * w) - 2)
+        rows = min(math.ceil((h - 2) / (slices or max(1, h))), (1 << 31) // max(1, H * W * w) - 2)
         products = max(products, 4 * H * W * w * (max(1, rows) + 2))
     return 200e6 + 1.1 * (constant + max(making, painting, 1.06 * floats(names) * area + products))
 
@@ -4831,10 +4831,10 @@ KERNEL void best_patch(GLOBAL_MEM const float *products, GLOBAL_MEM const float 
         if (S > most) most = S, patch = j;
     }
     scores[t] = most, patches[t] = patch;
-    for (ga_uint half = LDIM_0 / 2; half; half /= 2) {
+    for (ga_uint rest = LDIM_0 / 2; rest; rest /= 2) {
         local_barrier();
-        ga_uint o = t + half;
-        if (t < half && (scores[o] > scores[t] || (scores[o] == scores[t] && patches[o] < patches[t])))
+        ga_uint o = t + rest;
+        if (t < rest && (scores[o] > scores[t] || (scores[o] == scores[t] && patches[o] < patches[t])))
             scores[t] = scores[o], patches[t] = patches[o];
     }
     if (t == 0 && (first == 0 || scores[0] > best[i])) best[i] = scores[0], matches[i] = patches[0];
