@@ -2540,11 +2540,14 @@ def kernel(context, name, arrays, numbers):
     return pygpu.GpuKernel(KERNELS, name, arrays * [pygpu.GpuArray] + numbers * ['uint32'], context=context)
 
 
+STRIP = 1 << 23                                                       # numbers of a strip in `GpuConvolution`: 32 MB
+
+
 class GpuConvolutionOp(GpuOp):
     """`Convolution` on a GPU: a sum of nine products, of shifted pixels and each a ninth of the filters.
 
-    The image is stored with a border of zeros, so that a shift of its pixels is a shift of the rows of a matrix. No
-    product needs a copy, as the columns of im2col are, which take nine times the memory of the image.
+    A strip of the image is stored with a border of zeros, so that a shift of its pixels is one of the rows of a matrix.
+    The columns of im2col would take nine times the memory of the image.
     """
 
     props = 'pool', 'backward'
@@ -2562,19 +2565,22 @@ class GpuConvolutionOp(GpuOp):
         return [dx] + [theano.gradient.grad_undefined(self, k, inputs[k]) for k in (1, 2)]
 
     def compute(self, x, *others):
-        (height, width, C), pool, back = x.shape, self.pool, self.backward
-        ninths, (H, W) = others[back], (height, width) if back else (height >> pool, width >> pool)
-        rows = H * (W + 2)                                              # of pixels, with two of the border in each line
-        padded = empty(x, rows + 2 * (W + 2) + 2, C)
-        launch('pad', len(padded), 64, x, others[0], padded, H, W, C, width, pool and not back, back)
-        sums = empty(x, rows, ninths.shape[1 if back else 2])
-        for k in range(9):
-            first = k // 3 * (W + 2) + k % 3
-            multiply(padded[first:first + rows], ninths[8 - k if back else k], sums, trans_b=back, beta=k > 0)
-        del padded
-        height, width = others[2].shape[:2] if back else (H, W)
-        y = empty(x, height, width, sums.shape[1])
-        launch('crop', height * width, 64, sums, others[1], y, H, W, sums.shape[1], width, pool and back, not back)
+        (H, W, C), pool, back, ninths = x.shape, self.pool, self.backward, others[self.backward]
+        if pool and not back:
+            H, W = H // 2, W // 2
+        y = empty(x, *(others[2].shape[:2] if back else (H, W)), ninths.shape[1 if back else 2])
+        (height, width, K), double = y.shape, pool and back
+        lines = max(1, min(H, STRIP // ((W + 2) * max(C, K))))
+        padded, sums = empty(x, (lines + 2) * (W + 2) + 2, C), empty(x, lines * (W + 2), K)
+        for top in range(0, H, lines):
+            n = min(lines, H - top) * (W + 2)                           # pixels, with two of the border in each line
+            launch('pad', n + 2 * (W + 2) + 2, 64, x, others[0], padded, top, H, W, C, x.shape[1], pool > back, back)
+            for k in range(9):
+                part, first = ninths[8 - k if back else k], k // 3 * (W + 2) + k % 3
+                multiply(padded[first:first + n], part, sums[:n], trans_b=back, beta=k > 0)
+            bottom = top + lines << double if top + lines < H else height
+            blocks = (bottom - (top << double)) * width
+            launch('crop', blocks, 64, sums, others[1], y, top, H, W, K, width, double, not back)
         return [y]
 
 
@@ -4776,11 +4782,11 @@ static void matching(PyArrayObject *image, PyArrayObject *style, PyArrayObject *
 # The kernels of the Ops on a GPU, in what is common to the C of CUDA and of OpenCL.
 KERNELS = r'''#include "cluda.h"
 
-// The image x (., width, C), or means of 2x2 of its pixels, as H lines of W pixels in a border of zeros; where y (H, W,
-// C) was not positive, zero too.
+// From the line `top` on, the image x (., width, C), or means of 2x2 of its pixels, as H lines of W pixels in a border
+// of zeros; where y (H, W, C) was not positive, zero too.
 KERNEL void pad(GLOBAL_MEM const float *x, GLOBAL_MEM const float *y, GLOBAL_MEM float *padded,
-                ga_uint H, ga_uint W, ga_uint C, ga_uint width, ga_uint pool, ga_uint masked) {
-    ga_uint row = GID_0 / (W + 2) - 1, column = GID_0 % (W + 2) - 1;
+                ga_uint top, ga_uint H, ga_uint W, ga_uint C, ga_uint width, ga_uint pool, ga_uint masked) {
+    ga_uint row = top + GID_0 / (W + 2) - 1, column = GID_0 % (W + 2) - 1;
     for (ga_uint c = LID_0; c < C; c += LDIM_0) {
         float value = 0;
         if (row < H && column < W && !(masked && y[((ga_size)row * W + column) * C + c] <= 0)) {
@@ -4794,10 +4800,11 @@ KERNEL void pad(GLOBAL_MEM const float *x, GLOBAL_MEM const float *y, GLOBAL_MEM
 
 // The inverse, from `sums` (H, W + 2, C) to y (., width, C): of 2x2 pixels each has a quarter of the mean's.
 KERNEL void crop(GLOBAL_MEM const float *sums, GLOBAL_MEM const float *bias, GLOBAL_MEM float *y,
-                 ga_uint H, ga_uint W, ga_uint C, ga_uint width, ga_uint pool, ga_uint rectified) {
-    ga_uint row = GID_0 / width >> pool, column = GID_0 % width >> pool;
+                 ga_uint top, ga_uint H, ga_uint W, ga_uint C, ga_uint width, ga_uint pool, ga_uint rectified) {
+    ga_uint row = top + (GID_0 / width >> pool), column = GID_0 % width >> pool;
+    y += (ga_size)(top << pool) * width * C;
     for (ga_uint c = LID_0; c < C; c += LDIM_0) {
-        float value = row < H && column < W ? sums[((ga_size)row * (W + 2) + column) * C + c] : 0;
+        float value = row < H && column < W ? sums[((ga_size)(row - top) * (W + 2) + column) * C + c] : 0;
         if (rectified) value = value + bias[c] < 0 ? 0 : value + bias[c];
         y[(ga_size)GID_0 * C + c] = pool ? value / 4 : value;
     }
