@@ -43,16 +43,16 @@ RUN /opt/doodle/vgg19 "$VGG19" /weights
 # ---- program: script, network, samples, compiled code, and how a container starts
 FROM base AS program
 COPY LICENSE vgg16.npz doodle.py .docker/warm /opt/doodle/
-COPY samples/automaps.py samples/faces.* /opt/doodle/samples/
-RUN /opt/doodle/warm
+COPY samples/automaps.py samples/faces.* samples/figure.py samples/watch.html /opt/doodle/samples/
+RUN /opt/doodle/warm cpu
 COPY .docker/start /opt/doodle/
 COPY --from=vgg19 /weights /opt/doodle/weights
 COPY samples/*.png samples/*.jpg /nd/samples/
 COPY samples/portraits /nd/samples/portraits/
 WORKDIR /nd
 
-# ---- gpu: needs the NVIDIA container toolkit and `--gpus all`; falls back to the CPU. For x86-64 only, by gpu.txt
-FROM base AS gpu
+# ---- cuda: Debian's pygpu with Nvidia's compiler and BLAS, for x86-64 only, by gpu.txt
+FROM base AS cuda
 # hadolint ignore=DL3008
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
     apt-get update \
@@ -67,8 +67,17 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps --require-h
  && ln -s libcuda.so.1 /usr/lib/x86_64-linux-gnu/libcuda.so \
  && printf '%s\n' "$nvidia/cuda_nvrtc/lib" "$nvidia/cublas/lib" > /etc/ld.so.conf.d/cuda.conf \
  && ldconfig
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility DOODLE_DEVICE=gpu0
+
+# ---- cards: compiled code for cards
+FROM cuda AS cards
 COPY --from=program /opt/doodle /opt/doodle
+COPY tests/cuda_on_cpu.cpp .docker/warm-gpu /opt/doodle/
+RUN /opt/doodle/warm-gpu
+
+# ---- gpu: needs the NVIDIA container toolkit and `--gpus all`; falls back to the CPU
+FROM cuda AS gpu
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility DOODLE_DEVICE=gpu0
+COPY --from=cards /opt/doodle /opt/doodle
 COPY --from=program /nd/samples /nd/samples
 WORKDIR /nd
 ENTRYPOINT ["/opt/doodle/start"]

@@ -37,9 +37,11 @@ Papers:
     [SZ14]  Simonyan, Zisserman: Very Deep Convolutional Networks. arXiv 1409.1556
     [LW16]  Li, Wand: Combining Markov Random Fields and Convolutional Neural Networks. arXiv 1601.04589
     [GEB16] Gatys, Ecker, Bethge: Image Style Transfer Using Convolutional Neural Networks. CVPR 2016
+    [GBHS16] Gatys, Bethge, Hertzmann, Shechtman: Preserving Color in Neural Artistic Style Transfer. arXiv 1606.05897
     [C16]   Champandard: Semantic Style Transfer and Turning Two-Bit Doodles into Fine Artworks. arXiv 1603.01768
     [LG15]  Lavin, Gray: Fast Algorithms for Convolutional Neural Networks. arXiv 1509.09308
     [MV15]  Mahendran, Vedaldi: Understanding Deep Image Representations. arXiv 1412.0035
+    [BSFG09] Barnes, Shechtman, Finkelstein, Goldman: PatchMatch. ACM Transactions on Graphics 28, 2009
     [BLNZ95] Byrd, Lu, Nocedal, Zhu: A Limited Memory Algorithm for Bound Constrained Optimization
 """
 import sys
@@ -52,6 +54,7 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 14):                      # before
 
 import argparse
 import atexit
+import base64
 import bisect
 import bz2
 import configparser
@@ -140,6 +143,13 @@ def parse_number(text):
     return float(text) if re.fullmatch(r'[-+]?([0-9]+\.?|[0-9]*\.[0-9]+)([eE][-+]?[0-9]+)?', text) else math.nan
 
 
+def parse_scale(text):
+    """A factor for the sides of a picture, 0.1 .. 10."""
+    if not 0.1 <= parse_number(text) <= 10:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0.1 to 10')
+    return parse_number(text)
+
+
 def up_to(most):
     """The parser of a weight: 0, or 1e-6 to `most`; below 1e-6 the optimiser's steps vanish in float32."""
     def chosen(text):
@@ -221,13 +231,14 @@ METHODS = {
 }
 
 parse_method, parse_network, parse_switch = one_of(*METHODS), one_of('vgg19', 'vgg16'), one_of(0, 1)
-parse_steps = one_of(*range(13))                                        # 12 steps: 90 degrees, or a factor of 0.4
+parse_steps, parse_search = one_of(*range(13)), one_of('exact', 'near')  # 12 steps: 90 degrees, or a factor of 0.4
 parse_weight, parse_bias = up_to('1e20'), up_to('1e6')                # keep losses finite, features above rounding
 
 # Placeholders of values in --help.
 VALUES = {parse_path: 'PATH', str: 'EXT', parse_size: 'WxH', parse_natural: 'N', parse_whole: 'N', parse_seed: 'SEED',
           parse_parts: 'N|faces', parse_range: 'LO:HI', parse_method: 'NAME', parse_weight: 'X', parse_layers: 'LAYERS',
-          parse_bias: 'X', parse_steps: 'N', parse_switch: '0|1', parse_device: 'DEVICE', parse_network: 'NAME'}
+          parse_scale: 'X', parse_bias: 'X', parse_steps: 'N', parse_switch: '0|1', parse_search: 'NAME',
+          parse_device: 'DEVICE', parse_network: 'NAME'}
 
 SAME, FREE = 'same', 'free'                                           # on --resume: must be as before, or may differ
 
@@ -238,6 +249,8 @@ OPTIONS = {'pictures': (
     ('--output',          FREE, parse_path,    'output.png',  'the result; without --content, its map is the doodle'),
     ('--output-size',     SAME, parse_size,    None,          'width and height for texture synthesis'),
     ('--max-size',        SAME, parse_natural, None,          'shrink pictures with a longer side, maps with them'),
+    ('--style-scale',     SAME, parse_scale,   '1.0',         'enlarge style picture and map: larger strokes'),
+    ('--keep-colors',     FREE, bool,          False,         "the result's luminance with the content's colours"),
     ('--semantic-ext',    FREE, str,           '_sem.png',    'the map of dir/name.jpg is dir/name + this'),
     ('--auto-maps',       FREE, parse_parts,   '0',           'paint the maps that are missing: faces, or N parts'),
     ('--seed',            SAME, parse_seed,    'noise',       'start from noise, content, or the picture at a path'),
@@ -257,9 +270,11 @@ OPTIONS = {'pictures': (
     ('--scales',          SAME, parse_steps,   '0',           'style copies, rescaled by 0.05 N times each way'),
     ('--slices',          FREE, parse_natural, None,          'batches of matching on a GPU; else its memory decides'),
     ('--cache',           SAME, parse_switch,  '0',           '1: find the matches once a phase only'),
+    ('--matching',        SAME, parse_search,  'exact',       'near: large pictures in linear time, nearly exact'),
 ), 'optimisation': (
     ('--phases',          SAME, parse_natural, '3',           'number of scales, each twice the one before'),
-    ('--iterations',      SAME, parse_natural, '100',         'evaluations of the loss in each phase'),
+    ('--iterations',      SAME, parse_natural, '100',         'evaluations of the loss in each phase, at most'),
+    ('--stop-when-converged', FREE, parse_switch, '1',        '0: go on also where a phase can only repeat itself'),
 ), 'machine and files': (
     ('--device',          FREE, parse_device,  'cpu',         'cpu, gpu0, gpu1, ..; also cuda0, opencl0:0'),
     ('--network',         FREE, parse_network, None,          'vgg19 or vgg16; without it VGG19, else the bundled one'),
@@ -268,6 +283,8 @@ OPTIONS = {'pictures': (
     ('--save-every',      FREE, parse_whole,   '10',          'write a frame every N evaluations; 0: never'),
     ('--frames',          FREE, parse_path,    'frames',      'folder of the frames'),
     ('--log',             FREE, parse_path,    None,          'write every evaluation as a line of JSON'),
+    ('--figure',          FREE, parse_path,    None,          'write inputs, maps, result and losses as one picture'),
+    ('--animation',       FREE, parse_path,    None,          'write the frames as one .gif, .webp or .png'),
     ('--check',           FREE, bool,          False,         'tell what would be done, and likely painting mistakes'),
     ('--resume',          FREE, bool,          False,         'go on from the checkpoint of a run that did not end'),
     ('--version',         FREE, 'version',     None,          "tell the program's version"),
@@ -333,6 +350,9 @@ def parse_options(arguments):
     for name, default in own.items():
         if default is None and getattr(options, name):
             raise UserError(f'--method={options.method} has no --{name.replace("_", "-")}.', 'leave one of them out')
+    if options.matching == 'near' and (options.variety or not style_term(options).patched):
+        raise UserError('--matching=near is for patches, and not for --variety, which needs all their scores.',
+                        'leave one of them out')
     if not options.style:
         raise UserError('No style picture was given.', f'add --style PATH; to see one at work: {SAMPLE}')
     return options
@@ -345,102 +365,9 @@ def copy_count(options):
 
 # ---- images and maps -------------------------------------------------------------------------------------------------
 
-# The program's inputs, read and checked: pictures (H, W, 3) uint8 RGB, maps (H, W, K) uint8, `style_alpha` (h, w, 1)
+# The program's inputs, read and checked: pictures (H, W, 3) uint8 RGB, maps (H, W, K) uint8, alpha channels (H, W, 1)
 # uint8. What is missing is None; so is `style_alpha` if no pixel of the style picture is fully transparent.
-Inputs = namedtuple('Inputs', 'content content_map style style_map seed size style_alpha')
-
-
-def read_inputs(options):
-    """`read_pictures`, then `read_maps`: the inputs, and the remarks of both."""
-    inputs, remarks = read_pictures(options)
-    inputs, lines = read_maps(inputs, options)
-    return inputs, remarks + lines
-
-
-def read_pictures(options):
-    """Read and check the pictures of a run.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-
-    Returns
-    -------
-    inputs : Inputs
-        Without maps. Without content, `size` is that of a texture; for a doodle `read_maps` sets it.
-    remarks : list of str
-        What was loaded, a line each.
-
-    Raises
-    ------
-    UserError
-        A picture is missing or broken, or does not fit the options or the layers.
-    """
-    content, seed, remarks = None, None, []
-    if options.content:
-        content, _, lines = read_picture(options.content)
-        content = limited(content, options.max_size, Image.LANCZOS)
-        remarks += [f'Loading `{options.content}` for content data.', *lines]
-    elif options.seed == 'content':
-        raise UserError('--seed=content needs a content picture.', 'add --content, or use --seed=noise')
-    style, style_alpha, lines = read_picture(options.style)
-    style = limited(style, options.max_size, Image.LANCZOS)
-    remarks += [f'Loading `{options.style}` for style data.', *lines]
-    if style_alpha is not None:
-        style_alpha = limited(style_alpha[:, :, None], options.max_size, Image.BOX)         # (h, w, 1)
-        style_alpha = None if style_alpha.all() else style_alpha
-    if options.rotations or options.scales:
-        count = copy_count(options)
-        remarks.append(f'{count} copies of the style picture, so matching takes some {count} times as long; '
-                       'fewer by --rotations and --scales.')
-    if options.seed not in ('noise', 'content'):
-        seed, _, lines = read_picture(options.seed)
-        remarks += lines
-    if content is None:
-        remarks.append('No content picture: the result depends on style, map and seed only.')
-    size = options.output_size or (style if content is None else content).shape[1::-1]
-    inputs = Inputs(content, None, style, None, seed, size, style_alpha)
-    if content is not None:
-        check_sizes(inputs, options)
-    return inputs, remarks
-
-
-def read_maps(inputs, options):
-    """Read the maps, if there are any and the method uses them: `inputs` with them, and remarks."""
-    (content_map, style_map), remarks = map_pair(inputs, options)
-    inputs = inputs._replace(content_map=content_map, style_map=style_map)
-    if inputs.content is None:
-        if content_map is not None:                                     # a doodle has the size of its map
-            inputs = inputs._replace(size=content_map.shape[1::-1])
-        check_sizes(inputs, options)
-    return inputs, remarks
-
-
-def map_pair(inputs, options):
-    """The maps of both pictures, (H, W, K) uint8 arrays, or None twice if no maps are used; and remarks."""
-    if not style_term(options).reads_maps:
-        return (None, None), [f'Method {options.method}, which reads no semantic maps.']
-    pictures = {'content': (options.content, inputs.content), 'style': (options.style, inputs.style)}
-    paths = dict(zip(pictures, map_paths(options)))
-    found = [name for name in paths if options.semantic_weight and is_there(paths[name])]
-    if not found:
-        return (None, None), ['No semantic maps: patches are matched by their features alone.']
-    if len(found) == 1:
-        missing = paths['style' if found == ['content'] else 'content']
-        raise UserError(f'{paths[found[0]]!r} is a map, but {missing!r} is not there.', 'paint that map too, ' +
-                        'say --auto-maps, ' * bool(options.content) + 'or leave maps unread with --semantic-weight=0')
-    if options.content and len(set(paths.values())) == 1 and not same_file(options.content, options.style):
-        raise UserError(f'{options.content!r} and {options.style!r} would share the map {paths["style"]!r}.',
-                        'rename one of the pictures, and give each a map of its own')
-    classes, maps, labels, warned = classify_maps(
-        list(paths.values()), [picture if picture[0] else None for picture in pictures.values()], options.max_size)
-    remarks = []
-    for name, path in paths.items():
-        unread = ', '.join(f'`{other}`' for other in other_endings(path, pictures[name][0] or ''))
-        remarks.append(f'Adding `{path}` as semantic map' + (f', and not {unread}.' if unread else '.'))
-    remarks += legend(classes, dict(zip(paths, maps)), dict(zip(paths, labels))) + warned
-    channels, remark = map_channels(maps, classes, labels)
-    return channels, remarks + [remark] * bool(remark)
+Inputs = namedtuple('Inputs', 'content content_map style style_map seed size style_alpha content_alpha')
 
 
 def pooled_map(channels, size, layer):
@@ -464,22 +391,31 @@ def pooled_map(channels, size, layer):
 
 
 def resized(values, size, method):
-    """`values` (H, W, K), uint8 or float, resampled channel by channel to `size` = (width, height)."""
-    if values.shape[1::-1] == tuple(size):
+    """`values` (H, W, K), uint8 or float, or None, resampled channel by channel to `size` = (width, height)."""
+    if values is None or values.shape[1::-1] == tuple(size):
         return values
     channels = [Image.fromarray(plane).resize(size, method, reducing_gap=None) for plane in np.moveaxis(values, 2, 0)]
     return np.stack([np.asarray(plane) for plane in channels], axis=2)
 
 
 def limited(values, longest, method):
-    """`values` (H, W, K), shrunk where their long side is more than `longest` (or None)."""
-    return resized(values, limited_size(values.shape[1::-1], longest), method)
+    """`values` (H, W, K) or None, shrunk where their long side is more than `longest` (or None)."""
+    return None if values is None else resized(values, limited_size(values.shape[1::-1], longest), method)
 
 
 def limited_size(size, longest):
     """`size` = (width, height), shrunk where the long side is more than `longest` (or None)."""
     shrink = min(1, (longest or math.inf) / max(size))
     return tuple(max(1, round(side * shrink)) for side in size)
+
+
+def scaled_size(size, options):
+    """(width, height) at which a style picture of `size` is used; UserError if that is too large for the memory."""
+    result = tuple(max(1, round(side * options.style_scale)) for side in limited_size(size, options.max_size))
+    if math.prod(result) * PIXEL_BYTES > memory_limit():
+        raise UserError('--style-scale={:g} makes {}x{} pixels of {!r}, too many for the free memory.'.format(
+            options.style_scale, *result, options.style), 'a smaller --style-scale, or --max-size')
+    return result
 
 
 def phase_size(size, phase, phases):
@@ -495,6 +431,17 @@ def to_planes(rgb):
 def to_pixels(x, size):
     """The image `x` (3, H, W) BGR as (height, width, 3) uint8 RGB, at `size` = (width, height)."""
     return resized(np.moveaxis(np.clip(x, 0, 255).astype(np.uint8)[::-1], 0, 2), size, Image.BICUBIC)
+
+
+def recolored(rgb, content):
+    """The luminance of `rgb` with the colours of `content`, both (H, W, 3) uint8 [GBHS16 section 3].
+
+    The colour space is YIQ of sRGB values. I and Q, kept here, are differences of colours, to which a grey adds
+    nothing: the content, lighter or darker by the difference in Y, has the new Y and its own I and Q.
+    """
+    Y = [0.299, 0.587, 0.114]                                           # weights of red, green, blue
+    shift = rgb @ Y - content @ Y                                       # (H, W)
+    return np.uint8(np.clip(np.rint(content + shift[:, :, None]), 0, 255))
 
 
 # ---- network ---------------------------------------------------------------------------------------------------------
@@ -526,7 +473,7 @@ def convolution(x, W, **_):
     return T.nnet.conv2d(x, W, border_mode=1, filter_flip=False)
 
 
-def build_network(weights, names, fast=False, gpu=False):
+def build_network(weights, names, fast=False):
     """The convolutions of VGG, only as deep as the deepest of `names`.
 
     Each is 3x3 with padding 1 and rectified. Pooling between the blocks is the average of 2x2, which the papers prefer
@@ -537,9 +484,7 @@ def build_network(weights, names, fast=False, gpu=False):
     weights : Weights
     names : collection of str
     fast : bool
-        Use the engine's convolution.
-    gpu : bool
-        Or else a GPU's.
+        Use the engine's convolution, on the CPU only; a GPU has its own.
 
     Returns
     -------
@@ -549,7 +494,7 @@ def build_network(weights, names, fast=False, gpu=False):
     network, layer = {}, lasagne.layers.InputLayer((1, 3, None, None))
     for name in layer_names(weights.kind, names):
         (W, b), pool = weights.layers[name], name.endswith('_1') and name != '1_1'
-        if fast or gpu:
+        if fast or on_gpu():
             convolve = fast_convolution if fast else gpu_convolution
             unused = theano.shared(np.zeros((1, 1, 1, 1), np.float32))
             how = dict(W=unused, b=None, nonlinearity=None, convolution=convolve(W, b, pool))
@@ -773,7 +718,7 @@ class PatchTerm:
     transparent : bool
         Whether some of the style picture is fully transparent.
     slices : int
-        Use a GPU's matching, with scores of so many batches of style patches.
+        Batches of a GPU's matching.
     fast : bool
         Use the engine's matching.
     """
@@ -785,14 +730,16 @@ class PatchTerm:
 
     def __init__(self, options, numbers, semantic, transparent, slices, fast):
         self.numbers = numbers
-        self.match_patches = fast_match if fast else functools.partial(gpu_match, slices) if slices else match
+        self.match_patches = fast_match if fast else functools.partial(gpu_match, slices) if on_gpu() else match
         self.features, self.keys = shared(3), shared(3)                 # g, (h, w, C); v, (h, w, C + K)
         self.maps = shared(3) if semantic else None                     # m, (H, W, K)
         partial = options.rotations or options.scales or transparent
         self.scale = shared(1) if partial else None                     # b(j)
         self.history = shared(1) if options.variety else None           # h(j)
         self.matches = shared(1, 'int64')                               # j of each i
-        self.remembered = {'matches': self.matches} | ({'history': self.history} if self.history else {})
+        self.near = NearSearch(self.matches, options) if fast and options.matching == 'near' else None
+        self.remembered = {'matches': self.matches} | ({'history': self.history} if self.history else {}) | (
+            {'draws': self.near.draws} if self.near else {})
 
     @staticmethod
     def preparation(numbers, semantic):
@@ -812,6 +759,8 @@ class PatchTerm:
         """Symbolic matches of the image's features f (H, W, C), and updates of matches and history."""
         u = theano.gradient.disconnected_grad(self.key(f))
         scale = self.scale and (self.image_scale(u), self.scale)
+        if self.near:
+            return self.near.match(u, self.keys, scale)
         matches, history = self.match_patches(u, self.keys, self.numbers['variety'], self.history, scale)
         return matches, [(self.matches, matches)] + ([(self.history, history)] if self.history else [])
 
@@ -890,7 +839,7 @@ class WholePatchTerm(PatchTerm):
 class GramTerm:
     """The style loss of a layer by its Gram matrix, over the number of layers [GEB16]; used as `PatchTerm` is."""
 
-    degree, power, patched, reads_maps, arrays, matches, remembered = 4, 1.25, False, False, 0, None, {}
+    degree, power, patched, reads_maps, arrays, matches, near, remembered = 4, 1.25, False, False, 0, None, None, {}
 
     def __init__(self, options, numbers, semantic, transparent, slices, fast):
         self.gram, self.layers = shared(2), len(options.style_layers)   # A, (C, C)
@@ -932,14 +881,14 @@ class Objective:
     content, semantic : bool
         Whether there is a content picture, and whether there are maps.
     fast : bool
-        Use the engine, on the CPU only.
+        Use the engine, on the CPU only; a GPU has its own. Else the plain formulas.
     transparent : bool
         Whether some of the style picture is fully transparent.
     slices : int
-        Use a GPU's matching, with scores of so many batches of style patches. Without `fast` and this: plain formulas.
+        Batches of a GPU's matching.
     """
 
-    def __init__(self, weights, options, content, semantic, fast=False, transparent=False, slices=0):
+    def __init__(self, weights, options, content, semantic, fast=False, transparent=False, slices=1):
         self.options, self.fast, self.semantic, self.term = options, fast, semantic, style_term(options)
         self.balance = balance(weights.kind)
         content_layers = options.content_layers if content and options.content_weight else []
@@ -958,7 +907,7 @@ class Objective:
                            for name, variable in term.remembered.items()}
 
         x = T.tensor3('x')
-        f = features(build_network(weights, self.layers, fast, slices), x, self.layers)
+        f = features(build_network(weights, self.layers, fast), x, self.layers)
         self.features = theano.function([x], list(f.values()))
         found = {layer: term.match(f[layer]) for layer, term in self.style.items()}
         self.matching = self.compiled(x, f, {layer: matches for layer, (matches, _) in found.items()},
@@ -979,7 +928,7 @@ class Objective:
         outputs = [T.concatenate([term.dimshuffle('x') for term in terms]), theano.grad(sum(terms), x)]
         return theano.function([x], outputs, updates=updates, profile=profile, mode=mode)
 
-    def set_phase(self, content, style, content_map, style_map, size, style_alpha=None):
+    def set_phase(self, content, style, content_map, style_map, size, style_alpha=None, near=False):
         """Set weights, targets and style terms, which are constant during a phase.
 
         Parameters
@@ -990,6 +939,8 @@ class Objective:
         size : (width, height) of the image
         style_alpha : array (h', w', 1) of any size, or None
             Pixels of 0 are left out: patches that lie wholly in them are not matched, and Gram matrices omit them.
+        near : bool
+            With --matching=near: whether there is a phase before, whose matches are the first guess.
         """
         for name, variable in self.numbers.items():
             variable.set_value(np.float32(getattr(self.options, name)))
@@ -1000,10 +951,10 @@ class Objective:
             f = dict(zip(self.layers, self.features(np.float32(content))))
             for layer, target in self.target.items():
                 target.set_value(f[layer])
-        self.set_style(style, content_map, style_map, size, style_alpha)
+        self.set_style(style, content_map, style_map, size, style_alpha, near)
         self.fresh, self.size = True, size
 
-    def set_style(self, style, content_map, style_map, size, style_alpha):
+    def set_style(self, style, content_map, style_map, size, style_alpha, near):
         """The part of `set_phase` for the style terms."""
         steps = self.options.rotations, self.options.scales
         pictures = style_copies(style, *steps, Image.BICUBIC)
@@ -1016,6 +967,8 @@ class Objective:
         copies = [{name: g for name, g in zip(self.layers, self.features(picture)) if name in self.style}
                   for picture in pictures]
         for layer, term in self.style.items():
+            if term.near:
+                term.near.begin(size, layer, [copy[layer].shape[:2] for copy in copies], near)
             g, whole = sheet([copy.pop(layer) for copy in copies])
             seen = pooled(alphas, layer)
             m = pooled_map(content_map, size, layer) if self.semantic else None
@@ -1044,7 +997,12 @@ class Objective:
     def matching_seconds(self):
         """Time that the engine spent in matching so far."""
         return self.fast and sum(seconds for node, seconds in self.matching.profile.apply_time.items()
-                                 if isinstance(node.op, Matching))
+                                 if isinstance(node.op, (Matching, NearMatching)))
+
+    @property
+    def pure(self):
+        """Whether a phase's losses depend on the image alone, not on a history nor on the matches before."""
+        return not self.options.variety and not any(term.near and term.near.sweeping() for term in self.style.values())
 
     def state(self):
         """Matches and histories of the last evaluation, as arrays by name; those of a GPU stay there."""
@@ -1062,11 +1020,13 @@ class Objective:
             kind, layer = name.split()
             values, before = (np.asarray(array) for array in (state[name], variable.get_value(borrow=True)))
             height, width, _ = self.style[layer].keys.get_value(borrow=True, return_internal_type=True).shape
-            if kind == 'matches':                                       # those of a fresh state are never read
-                sound = self.fresh or (values.size == math.prod(side // stride(layer) - 2 for side in self.size)
+            if kind == 'matches':                                       # those of a fresh state are read by sweeps only
+                unread = self.fresh and not np.ravel(state.get(f'draws {layer}'))[:1].any()
+                sound = unread or (values.size == math.prod(side // stride(layer) - 2 for side in self.size)
                                        and 0 <= values.min() and values.max() < (height - 2) * (width - 2))
             else:
                 sound = values.shape == before.shape and np.isfinite(values).all()
+                sound &= kind != 'draws' or 0 <= values.min() and values[0] <= FIRST_SWEEPS
             if not sound or (values.dtype, values.ndim) != (before.dtype, 1):
                 raise tampered
             variable.set_value(values)
@@ -1143,6 +1103,11 @@ class Minimiser:
         self.recovered = True
         self.start()
 
+    def restart(self):
+        """A checksum of all that determines what follows, where it has just started or restarted; else None."""
+        if tuple(self.task) in ((0, 0), (3, 301)):
+            return hashlib.sha256(self.image.tobytes() + repr((self.limit, self.recovered)).encode()).hexdigest()
+
     def state(self):
         """All attributes as arrays by name; not copied."""
         return {name: np.asarray(value) for name, value in vars(self).items()}
@@ -1213,7 +1178,7 @@ def paint(objective, inputs, options, at, journal, signals):
         with signals.heard():
             objective.set_phase(
                 None if inputs.content is None else to_planes(resized(inputs.content, size, Image.LANCZOS)),
-                to_planes(style), inputs.content_map, inputs.style_map, size, inputs.style_alpha)
+                to_planes(style), inputs.content_map, inputs.style_map, size, inputs.style_alpha, phase > 0)
         if at.minimiser and at.phase == phase:                          # a resumed run
             objective.restore(at.memory)
         elif at.minimiser:
@@ -1223,6 +1188,8 @@ def paint(objective, inputs, options, at, journal, signals):
         journal.begin(at, size, objective)
         while at.evaluation < options.iterations:
             journal.keep(at)
+            if options.stop_when_converged and objective.pure:          # the image alone determines a loss
+                at.skip(options.iterations, journal)
             try:
                 evaluate(objective, at, journal, signals)
             except FloatingPointError as error:
@@ -1296,14 +1263,17 @@ def run_alone(options, places, inputs, remarks):
     remarks += lines
     at, lines = find_checkpoint(places.checkpoint, provenance(inputs, weights, options), options.resume)
     device = device or open_device(options, inputs)
+    options.random_seed = at.header['random_seed']
+    remarks += matching_remarks(inputs, options, device)
     for line in remarks + lines + [f'Random seed {at.header["random_seed"]}.']:
         say(f'  - {line}')
     say('  - Compiling ..')
     at.header |= dict(device=device, slices=choose_slices(inputs, options, device))
     objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, device == 'cpu',
                           inputs.style_alpha is not None, at.header['slices'])
+    objective = Remembered(objective, options, memory_needed(inputs.size, inputs.style.shape[1::-1], options))
     del weights, network                                                # free memory: the objective has copies
-    return paint_and_save(objective, inputs, options, at, Journal(options, places, inputs.size, at))
+    return paint_and_save(objective, inputs, options, at, Journal(options, places, inputs, at))
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -1798,7 +1768,15 @@ def memory_needed(size, style_size, options):
     area, style_area, copies = math.prod(size), math.prod(style_size), copy_count(options)
     making = 250 * style_area + (1.66 * style + 0.62 * matched) * copies * style_area
     painting = (1.46 * floats(names) + 1.29 * style) * area + 0.98 * matched * copies * style_area
-    return max(254e6 + 11 * weights, 281e6 + 6.9 * weights + max(making, painting), 950e6 * bool(options.auto_maps))
+    needed = max(254e6 + 11 * weights, 281e6 + 6.9 * weights + max(making, painting), 950e6 * bool(options.auto_maps))
+    return needed + min(REMEMBERED * evaluation_memory(size, options), needed / 20)         # see `Remembered`
+
+
+def evaluation_memory(size, options):
+    """Bytes in which `Remembered` keeps an evaluation, its gradient and its matches; 0 where it keeps none."""
+    patched = options.style_layers if style_term(options).patched else []
+    pixel = 3 * 4 + sum(8 / stride(name) ** 2 for name in patched)
+    return 0 if options.variety or options.cache else pixel * math.prod(size)
 
 
 MORE_MEMORY = 'raise docker run --memory, or on Docker Desktop the memory in its settings'
@@ -1832,7 +1810,8 @@ def check_memory(inputs, options, device='cpu'):
     size, style_size = inputs.size, inputs.style.shape[1::-1]
 
     def sizes(longest):
-        shrunk = [[math.ceil(side * min(1, longest / max(size))) for side in size] for size in (size, style_size)]
+        shrunk = [[math.ceil(side * min(1, scale * longest / max(size))) for side in size]
+                  for size, scale in ((size, 1), (style_size, options.style_scale))]
         return (shrunk[0], style_size) if options.output_size else shrunk
     estimate, limit = memory_needed, memory_limit
     if device != 'cpu':
@@ -1849,6 +1828,7 @@ def check_memory(inputs, options, device='cpu'):
         more = MORE_MEMORY
         fix += f', or {more}'
     fix = fix if longest >= 64 else more
+    fix += ', or a smaller --style-scale' * (options.style_scale > 1)
     raise UserError(f'{size[0]}x{size[1]} pixels in the style of {style_size[0]}x{style_size[1]} need about '
                     f'{needed / 1e9:.1f} GB of memory, and there are {limit / 1e9:.1f} GB'
                     f'{"" if device == "cpu" else f" on {device}"}.', fix)
@@ -1876,39 +1856,126 @@ def check_sizes(inputs, options):
                             'use a style picture that shows something')
 
 
-def operations(size, style_size, layers, patched):
-    """Floating-point operations of an evaluation, by direct convolution: (network forward and backward, matching)."""
-    def area(size, name):
+# What each unit of `work` costs, as a number of multiply-adds of a large matrix product in NumPy on one core that take
+# as long. samples/measure_time.py fits them to measured evaluations.
+COSTS = {'products': 0.3, 'transforms': 105., 'scores': 1.5, 'raw scores': 1.45, 'near scores': 3., 'gram': 0.42,
+         'features': 770., 'pixels': 9700.}
+ON_ONE_CORE = 'features', 'pixels'
+
+
+def work(size, style_size, options, phase=0):
+    """What an evaluation does, as {key of `COSTS`: amount}.
+
+    Multiply-adds by the direct forms (products: of the convolutions, forward and backward; scores: of all pairs of
+    patches, or raw ones of features that are not unit vectors; near scores: of the patches that `NearMatching` tries;
+    gram), floats (transforms: what the convolutions read and write; features: those of the style layers), and pixels.
+
+    Parameters
+    ----------
+    size, style_size : (width, height) in this phase
+    options : argparse.Namespace
+    phase : int
+    """
+    def area(name):
         return math.prod(side // stride(name) for side in size)
-    names = layer_names('vgg19', layers)
-    network = sum(2 * 2 * 9 * before * filters(name) * area(size, name)
-                  for before, name in zip([3, *map(filters, names)], names))
-    return network, sum(2 * filters(name) * area(size, name) * area(style_size, name) for name in patched)
+    names = layer_names('vgg19', options.style_layers + (options.content_layers if options.content else []))
+    convolutions = [(before, filters(name), area(name)) for before, name in zip([3, *map(filters, names)], names)]
+    found = dict.fromkeys(COSTS, 0) | {
+        'products': sum(2 * 9 * C * K * pixels for C, K, pixels in convolutions),
+        'transforms': sum(2 * (C + K) * pixels for C, K, pixels in convolutions), 'pixels': math.prod(size)}
+    exact = 'scores' if style_term(options).reads_maps and not options.variety else 'raw scores'
+    for name in options.style_layers if options.style_weight else ():
+        found['features'] += filters(name) * area(name)
+        if not style_term(options).patched:
+            found['gram'] += filters(name) ** 2 * area(name)
+            continue
+        copies = style_copies(np.zeros((1, *(side // stride(name) for side in reversed(style_size)))),
+                              options.rotations, options.scales, Image.NEAREST)
+        h, w = sum(copy.shape[1] for copy in copies), max(copy.shape[2] for copy in copies)
+        if options.matching == 'near' and phase and area(name) * h * w >= NEAR_PAIRS:
+            tried = LATER_SWEEPS * (16 + math.log2(max(h, w)))
+            found['near scores'] += 9 * filters(name) * area(name) * tried
+        else:
+            found[exact] += filters(name) * area(name) * h * w / (options.iterations if options.cache else 1)
+    return found
+
+
+def efforts(inputs, options):
+    """The effort of each phase's preparation and of its evaluations, [(preparation, evaluation), ...].
+
+    It is counted in multiply-adds of a large matrix product, on all cores, that take as long.
+    """
+    def effort(amounts):
+        return sum(COSTS[name] * amount * (allowed_cores() if name in ON_ONE_CORE else 1)
+                   for name, amount in amounts.items())
+    result = []
+    for phase in range(options.phases):
+        size, style_size = (phase_size(whole, phase, options.phases)
+                            for whole in (inputs.size, inputs.style.shape[1::-1]))
+        evaluation = work(size, style_size, options, phase)
+        # Forward passes of the content and of all copies of the style.
+        share = .5 + .5 * copy_count(options) * math.prod(style_size) / math.prod(size)
+        passes = {name: share * evaluation[name] for name in ('products', 'transforms')}
+        result.append((effort(passes), effort(evaluation)))
+    return result
+
+
+def total_effort(inputs, options):
+    """The effort of a run, as of `efforts`."""
+    return sum(preparation + options.iterations * evaluation for preparation, evaluation in efforts(inputs, options))
+
+
+def product_rate():
+    """Multiply-adds a second of a large matrix product in NumPy, the best of three."""
+    square, took = np.ones((2048, 2048), np.float32), []
+    for _ in range(4):                                                  # the first is warm-up
+        start = time.perf_counter()
+        square @ square
+        took.append(time.perf_counter() - start)
+    return 2048 ** 3 / min(took[1:])
+
+
+def in_words(seconds):
+    """A time as minutes, or as hours."""
+    return f'{seconds / 60:.0f} minutes' if seconds < 2 * 3600 else f'{seconds / 3600:.1f} hours'
+
+
+STARTING = 7                                                          # seconds until the first phase, compiled before
+LONG = 3e14                                                           # multiply-adds: 45 minutes on two cores
 
 
 def plan(inputs, options):
-    """Lines of --check: phases, patches, memory, and the time on this CPU, estimated by a matrix product in NumPy."""
-    style_size, total, lines = inputs.style.shape[1::-1], 0, []
-    layers = options.style_layers + (options.content_layers if inputs.content is not None else [])
-    patched = options.style_layers if style_term(options).patched and options.style_weight else []
-    square = np.ones((2048, 2048), np.float32)
-    square @ square                                                     # warm-up
-    start = time.perf_counter()
-    square @ square
-    rate = 2 * 2048 ** 3 / (time.perf_counter() - start)
-    for phase in range(options.phases):
+    """Lines of --check: phases, patches, memory, and the time on this CPU, by the rate of a matrix product in NumPy."""
+    rate, lines, style_size = product_rate(), [], inputs.style.shape[1::-1]
+    for phase, (_, effort) in enumerate(efforts(inputs, options)):
         size, other = (phase_size(whole, phase, options.phases) for whole in (inputs.size, style_size))
-        network, matching = operations(size, other, layers, patched)
-        # The engine's network reaches NumPy's rate in these operations, its matching half of it.
-        matching *= 2 * copy_count(options) / (options.iterations if options.cache else 1)
-        seconds = (network + matching) / rate
-        total += seconds * options.iterations
         patches = [f'{name} {copy_count(options) * math.prod(side // stride(name) - 2 for side in other):,}'
-                   for name in patched]
+                   for name in options.style_layers if style_term(options).patched and options.style_weight]
         lines.append('Phase #{}: {}x{}, {} evaluations of about {:,.2f} s{}'.format(
-            phase, *size, options.iterations, seconds, ', style patches ' + ', '.join(patches) if patches else ''))
-    return lines + [f'On this CPU about {total / 60:.0f} minutes and '
-                    f'{memory_needed(inputs.size, style_size, options) / 1e9:.1f} GB in all.']
+            phase, *size, options.iterations, effort / rate, ', style patches ' * bool(patches) + ', '.join(patches)))
+    seconds = STARTING + total_effort(inputs, options) / rate
+    return lines + [f'On this CPU about {in_words(seconds)} and '
+                    f'{memory_needed(inputs.size, style_size, options) / 1e9:.1f} GB in all.',
+                    *advice(inputs, options, rate)]
+
+
+def advice(inputs, options, rate=None):
+    """A line on how long a run takes on this CPU, if exact matching makes it long, and what would make it shorter."""
+    if options.matching == 'near' or options.variety or not style_term(options).patched:
+        return []
+    exact, near = (total_effort(inputs, argparse.Namespace(**vars(options) | {'matching': matching}))
+                   for matching in ('exact', 'near'))
+    if exact < LONG or near > .7 * exact:
+        return []
+    exact, near = (in_words(effort / (rate or product_rate())) for effort in (exact, near))
+    return [f'With exact matching this takes about {exact} on this CPU, with --matching=near about {near}.']
+
+
+def matching_remarks(inputs, options, device):
+    """What is to be said of --matching at the start of a run."""
+    if device == 'cpu':
+        return advice(inputs, options)
+    return ['On a GPU all matches are exact: --matching=near is for the CPU.'] * (options.matching == 'near')
 
 
 def sheet_size(style_size, options):
@@ -2161,13 +2228,13 @@ def integers(count, function, *arguments):
     return None if function(*map(ctypes.byref, numbers), *arguments) else tuple(number.value for number in numbers)
 
 
-def check_cuda(device):
-    """Refuse drivers and cards on which libgpuarray would fail by an error number or a crash.
+def check_cuda():
+    """Refuse drivers with which libgpuarray would fail by an error number or a crash.
 
     Raises
     ------
     UserError
-        There is no driver, it is older than the compiler (whose code it cannot read), or the card is too new.
+        There is no driver, or it is older than the compiler, whose code it cannot read.
     """
     try:
         cuda = ctypes.CDLL('libcuda.so.1')
@@ -2180,21 +2247,68 @@ def check_cuda(device):
     if driver and compiler and driver < compiler:
         raise UserError("Nvidia's driver is too old: it is for CUDA {}.{}, and the compiler (nvrtc) for {}.{}.".format(
             *driver, *compiler), 'install a newer driver')
+
+
+def capability_of(device):
+    """The compute capability of a CUDA card, as (major, minor), or None where the driver finds no such card."""
+    cuda = ctypes.CDLL('libcuda.so.1')
     card = None if cuda.cuInit(0) else integers(1, cuda.cuDeviceGet, int(device[4:] or 0))
-    capability = card and integers(2, cuda.cuDeviceComputeCapability, *card)
-    if capability and capability > (9, 0):                              # libgpuarray would take 12.0 for 1.2
-        raise UserError('the card is too new: its compute capability is {}.{}, and libgpuarray knows them up to 9.0.'
-                        .format(*capability), 'use an older card, or --device=cpu')
+    return card and integers(2, cuda.cuDeviceComputeCapability, *card)
+
+
+# Answers for the driver where it is asked for the compute capability of a card: 9.0 for a newer one, since libgpuarray
+# would take 12.0 for 1.2.
+AT_MOST_9 = r'''
+#include <dlfcn.h>
+extern "C" int cuDeviceGetAttribute(int *value, int attribute, int card) {
+    const int MAJOR = 75, MINOR = 76;
+    auto driver = (int (*)(int *, int, int))dlsym(dlopen("libcuda.so.1", RTLD_LAZY), "cuDeviceGetAttribute");
+    int major = 0, error = driver(value, attribute, card);
+    if (!error && (attribute == MAJOR || attribute == MINOR) && !driver(&major, MAJOR, card) && major > 9)
+        *value = attribute == MAJOR ? 9 : 0;
+    return error;
+}'''
+
+
+def adapt_to(capability):
+    """Make libgpuarray work with a card of this compute capability, and keep its code apart from that of others.
+
+    For a card newer than 9.0 code for 9.0 is made, which the driver compiles for what the card is. libgpuarray opens
+    libcuda.so: that is then a library of ours, which is loaded under this name and passes on to the driver all else.
+    """
+    folder = os.path.join(theano.config.gpuarray.cache_path, '{}.{}'.format(*capability))
+    type(theano.config.gpuarray).cache_path.val = folder                # Theano itself lets nobody change it
+    if capability <= (9, 0):
+        return
+    driver = re.search(r'/.*/libcuda\.so.*', text_of('/proc/self/maps')).group()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            library = os.path.join(folder, 'libcuda.so')
+            made = subprocess.run([theano.config.cxx, '-shared', '-fPIC', '-Wl,--no-as-needed,-soname,libcuda.so', '-o',
+                                   library, '-xc++', '-', '-xnone', driver, '-ldl'],
+                                  input=AT_MOST_9, text=True, capture_output=True)
+            if made.returncode:
+                raise OSError(made.stderr)
+            ctypes.CDLL(library)
+    except OSError as error:
+        raise UserError('the card has compute capability {}.{}, and the small library by which libgpuarray takes it '
+                        'cannot be made: {}.'.format(*capability, one_line(error)),
+                        'mend what g++ says, or use --device=cpu') from None
+    say('  - The card has compute capability {}.{}: libgpuarray makes code for 9.0, and the driver compiles that for '
+        'the card.'.format(*capability))
 
 
 def described(device):
-    """A device in words, a GPU with name, memory and driver."""
+    """A device in words, a GPU with name, memory, driver and compute capability."""
     if device == 'cpu':
         return '`cpu`'
-    gpu, driver = theano.gpuarray.get_context(None), ''
+    gpu = theano.gpuarray.get_context(None)
+    facts = [gpu.devname, f'{gpu.total_gmem / 1e9:.1f} GB']
     with contextlib.suppress(OSError):
-        driver = ', driver ' + re.search(r'\d+\.[\d.]+', text_of('/proc/driver/nvidia/version')).group()
-    return f'`{device}` ({gpu.devname}, {gpu.total_gmem / 1e9:.1f} GB{driver})'
+        facts.append('driver ' + re.search(r'\d+\.[\d.]+', text_of('/proc/driver/nvidia/version')).group())
+    if device.startswith('cuda'):
+        facts.append('compute capability {}.{}'.format(*capability_of(device)))
+    return f'`{device}` ({", ".join(facts)})'
 
 
 def open_device(options, inputs=None):
@@ -2351,8 +2465,12 @@ def open_gpu(device):
     try:
         import pygpu  # noqa: F401, first, for its ImportError is clearer than Theano's message
         if device.startswith('cuda'):
-            check_cuda(device)
+            check_cuda()
+            if capability := capability_of(device):                     # else pygpu says what there is not
+                adapt_to(capability)
         import theano.gpuarray
+        keep_compiled_code()                                            # of its Ops, too
+        theano.gpuarray.elemwise.GpuCAReduceCuda.verbose = '0'          # the number would void its code's version
         theano.gpuarray.use(device, force=True)
         never_wait()
         return None
@@ -2363,6 +2481,11 @@ def open_gpu(device):
         if isinstance(error, ImportError) and mounts() is not None:
             fix = 'take the gpu image, docker build -t neural-doodle:gpu --target gpu, and docker run --gpus all'
     return UserError(f'{device} cannot be used: {problem}', fix)
+
+
+def on_gpu():
+    """Whether a GPU is open."""
+    return 'theano.gpuarray' in sys.modules and bool(theano.gpuarray.type.list_contexts())
 
 
 def never_wait():
@@ -2619,17 +2742,93 @@ class GpuMatchingOp(GpuOp):
         return [matches, *history]
 
 
+class NearMatchingOp(CompiledOp):
+    """Nearly the matches of `Matching`, without a penalty, in linear time from a guess: PatchMatch [BSFG09].
+
+    A sweep tries for every patch i of the image, besides the match j that it has:
+    1. what the matches of others tell for it, each less its distance from i: those of the four neighbours of i, and of
+       four patches drawn up to 8 pixels away;
+    2. the eight neighbours of the best patch by then;
+    3. patches drawn around the best by then: up to the style's longer side away, up to half of that, and so on to 1.
+    Scores are those of `Matching`, of equal ones the first j counts. All patches read the matches of the sweep before,
+    and what is drawn depends on draws, i and the number of the draw alone: not on the order, nor on threads.
+    """
+
+    def code(self):
+        return MATCHING + NEAR_MATCHING
+
+    def make_node(self, u, v, a, b, guess, draws):
+        """`guess` ((H - 2) (W - 2),), and `draws`: sweeps to make, 0 for exact matches, and those made; both int64."""
+        return self.apply((u, v, a, b, guess, draws), (3, 3, 1, 1), [T.lvector()])
+
+    def c_code(self, node, name, inputs, outputs, sub):
+        return self.call('near_matching', [*inputs, f'&{outputs[0]}'], sub)
+
+
+REMEMBERED = 24                                                       # evaluations; a line search has at most 20
+
+
+class Remembered:
+    """An `Objective` that does not compute again what is among its last `REMEMBERED` evaluations in this phase.
+
+    L-BFGS comes to the same images again when a line search fails, for then it starts anew. Losses, gradient and
+    matches are the same, bit for bit. Nothing is remembered where the image alone does not determine them: with
+    --variety and --matching=near they depend on the evaluation before, with --cache on the image from which the matches
+    are.
+
+    Parameters
+    ----------
+    objective : Objective
+    options : argparse.Namespace
+    memory : float
+        Bytes that the run needs, of which a 21st, 5 % of the rest, is for this. Where that is too little for all, some
+        are left out, and in a cycle always the same.
+    """
+
+    def __init__(self, objective, options, memory):
+        self.objective, self.options, self.memory = objective, options, memory / 21
+
+    def __getattr__(self, name):
+        return getattr(self.objective, name)
+
+    def set_phase(self, *arguments):
+        """`Objective.set_phase`, which makes all before invalid; its fifth argument is the size of the image."""
+        self.kept, self.number, each = {}, 0, evaluation_memory(arguments[4], self.options)
+        self.objective.set_phase(*arguments)
+        self.room = self.objective.pure and each and min(REMEMBERED, int(self.memory / each))
+
+    def __call__(self, x):
+        """As `Objective.__call__`; `seconds` tell what was not computed."""
+        if not self.room:
+            return self.objective(x)
+        start, x, self.number = time.perf_counter(), np.float32(x), self.number + 1
+        key = hashlib.blake2b(x).digest()
+        if key in self.kept:
+            _, found, state = self.kept[key]
+            self.objective.restore(state)
+            evaluation = found._replace(gradient=np.float64(found.gradient), seconds=time.perf_counter() - start,
+                                        matching_seconds=found.matching_seconds and 0.)
+        else:
+            evaluation, state = self.objective(x), self.objective.state()
+            found = evaluation._replace(gradient=np.float32(evaluation.gradient))        # Theano's is of float32
+        self.kept[key] = self.number, found, state
+        self.kept = {key: entry for key, entry in self.kept.items() if entry[0] > self.number - REMEMBERED}
+        while len(self.kept) > self.room:
+            del self.kept[min(self.kept)]
+        return evaluation
+
+
 def define_ops():
-    """Define the Ops `Convolution` and `Matching`, and a GPU's, once Theano, which has their base class, is imported.
+    """Define the Ops of the CPU and of a GPU once Theano, which has their base class, is imported.
 
     Theano's compile cache uses the pickled name of an Op, so that the module is `doodle` also when it is __main__.
     """
-    global Convolution, Matching, GpuConvolution, GpuMatching
+    global Convolution, Matching, NearMatching, GpuConvolution, GpuMatching
     if 'Matching' not in globals():
         sys.modules.setdefault('doodle', sys.modules[__name__])
-        Convolution, Matching, GpuConvolution, GpuMatching = (
+        Convolution, Matching, NearMatching, GpuConvolution, GpuMatching = (
             type(theano.Op)(kind.__name__[:-2], (kind, theano.Op), dict(__props__=kind.props, __module__='doodle'))
-            for kind in (ConvolutionOp, MatchingOp, GpuConvolutionOp, GpuMatchingOp))
+            for kind in (ConvolutionOp, MatchingOp, NearMatchingOp, GpuConvolutionOp, GpuMatchingOp))
 
 
 def fast_convolution(W, b, pool):
@@ -2669,6 +2868,82 @@ def gpu_match(slices, u, v, variety=None, history=None, scale=None):
     return fast_match(u, v, variety, history, scale, GpuMatching(slices))
 
 
+# Sweeps of `NearMatching` in the first search of a phase, and in each later one.
+FIRST_SWEEPS, LATER_SWEEPS = 8, 2
+# Below so many pairs of an image's and a style's patch, those of 400x400 pixels at conv3_1, matches are always exact.
+NEAR_PAIRS = 10 ** 8
+
+
+class NearSearch:
+    """The matching of a style layer by `NearMatching`.
+
+    Parameters
+    ----------
+    matches : shared variable, int64 ((H - 2) (W - 2),)
+        Those of the evaluation before.
+    options : argparse.Namespace
+        Its random seed.
+    """
+
+    def __init__(self, matches, options):
+        self.matches, self.grids = matches, None
+        self.draws = theano.shared(np.array([0, (options.random_seed or 0) << 32]))
+
+    def match(self, u, v, scale):
+        """Symbolic matches, and updates, as `PatchTerm.match` returns them."""
+        matches = NearMatching()(u, v, *(scale or 2 * [np.zeros(0, np.float32)]), self.matches, self.draws)
+        draws = T.stack([T.minimum(self.draws[0], LATER_SWEEPS), T.sum(self.draws)])
+        return matches, [(self.matches, matches), (self.draws, draws)]
+
+    def sweeping(self):
+        """Whether matches come from those before, in this phase."""
+        return self.draws.get_value()[0] > 0
+
+    def begin(self, size, layer, copies, near):
+        """Begin a phase, `near` with the matches of the phase before as a guess, unless the pictures are small.
+
+        Parameters
+        ----------
+        size : (width, height) of the image
+        layer : str
+        copies : list of (h, w), of the style picture's features and of its copies'
+        near : bool
+        """
+        grids = tuple(side // stride(layer) for side in reversed(size)), copies
+        if self.grids:                                                  # else a run begins, or is resumed
+            self.matches.set_value(enlarged_matches(self.matches.get_value(), self.grids, grids))
+        pairs = math.prod(side - 2 for side in grids[0]) * sum((h - 2) * (w - 2) for h, w in copies)
+        self.grids = grids
+        self.draws.set_value(np.array([FIRST_SWEEPS * (near and pairs >= NEAR_PAIRS), self.draws.get_value()[1]]))
+
+
+def enlarged_matches(matches, old, new):
+    """Matches of a phase, mapped to the next.
+
+    Parameters
+    ----------
+    matches : int64 ((H - 2) (W - 2),) array
+    old, new : ((H, W), [(h, w), ...])
+        Sizes in both phases of the image's features, and of those of the pictures on the style's `sheet`.
+    """
+    (image, copies), (large_image, large_copies) = old, new
+    corners, rest = [], []                                              # of patches, by rows and by columns
+    for side, large in zip(image, large_image):
+        middle = np.arange(large - 2) + 1.5                             # of the new patches
+        corner = np.clip(np.int64(middle * side / large) - 1, 0, side - 3)
+        corners.append(corner)
+        rest.append(middle - (corner + 1.5) * large / side)
+    j = matches.reshape([side - 2 for side in image])[np.ix_(*corners)]                     # (H' - 2, W' - 2)
+    row, column = np.divmod(j, max(w for _, w in copies) - 2)
+    tops, large_tops = (np.cumsum([0] + [h for h, _ in pictures]) for pictures in (copies, large_copies))
+    copy = np.searchsorted(tops, row, 'right') - 1
+    (h, w), (large_h, large_w) = (np.transpose(pictures)[:, copy] for pictures in (copies, large_copies))
+    y = np.rint((row - tops[copy] + 1.5) * large_h / h - 1.5 + rest[0][:, None])
+    x = np.rint((column + 1.5) * large_w / w - 1.5 + rest[1])
+    y, x = np.clip(y, 0, large_h - 3) + large_tops[copy], np.clip(x, 0, large_w - 3)
+    return np.int64(y * (max(w for _, w in large_copies) - 2) + x).ravel()
+
+
 def depth_first(graph):
     """Schedule of a graph's nodes, the last output first: each just before its result is used, but sums at once.
 
@@ -2692,7 +2967,7 @@ def depth_first(graph):
 
 # ---- files: pictures -------------------------------------------------------------------------------------------------
 
-# A decoded picture: pixels (H, W, 3) uint8 sRGB, alpha (H, W) uint8 or None, remarks for the user, a line each.
+# A decoded picture: pixels (H, W, 3) uint8 sRGB, alpha (H, W, 1) uint8 or None, remarks for the user, a line each.
 Picture = namedtuple('Picture', 'pixels alpha remarks')
 
 # Formats that are read: not those for which Pillow starts a program (EPS), which it cannot decode on Linux (WMF), which
@@ -2700,6 +2975,7 @@ Picture = namedtuple('Picture', 'pixels alpha remarks')
 FORMATS = 'PNG', 'JPEG', 'TIFF', 'WEBP', 'AVIF', 'GIF', 'BMP', 'PPM', 'JPEG2000', 'PSD', 'SGI', 'PCX', 'TGA'
 PIXEL_BYTES = 26                                                      # of memory for each pixel: JPEG2000; others 22
 SMALLER = 'make a smaller copy with a paint program'
+HEIC = rb'....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)'                    # how such a file begins
 MOST_SCANS = 100                                                      # of a JPEG: each takes time; programs write 10
 
 
@@ -2710,6 +2986,9 @@ def import_pillow():
     from PIL import Image, ImageCms, ImageOps
     from tqdm import tqdm
     Image.MAX_IMAGE_PIXELS = None                                       # `check_pixels` has its own
+    with contextlib.suppress(ImportError):                              # for HEIC, of telephones
+        import pillow_heif
+        pillow_heif.register_heif_opener()
 
 
 def is_there(path):
@@ -2828,7 +3107,7 @@ def decoded(path):
     Parameters
     ----------
     path : str
-        One of `FORMATS`; of an animation the first frame is read.
+        One of `FORMATS`, or HEIC where pillow-heif is installed; of an animation the first frame is read.
 
     Returns
     -------
@@ -2845,7 +3124,7 @@ def decoded(path):
     if os.path.getsize(path) > memory_limit() / 4:                      # some formats are read as a whole
         raise UserError(f'{path!r} has {os.path.getsize(path) / 1e9:.1f} GB, too much for the free memory.', SMALLER)
     try:
-        with unheard(), Image.open(path, formats=FORMATS) as file:
+        with unheard(), Image.open(path, formats=FORMATS + ('HEIF',) * ('HEIF' in Image.OPEN)) as file:
             check_pixels(file, path)
             if file.format in ('JPEG', 'MPO') and (scans := scan_count(path)) > MOST_SCANS:
                 raise ValueError(f'it has {scans} scans, where {MOST_SCANS} are more than any program makes')
@@ -2861,9 +3140,18 @@ def decoded(path):
     except PermissionError:
         raise forbidden(path) from None
     except Exception as error:  # a broken file can raise anything in Pillow's plugins
+        if 'HEIF' not in Image.OPEN and is_heic(path):
+            raise UserError(f'{path!r} is a HEIC picture, and the package that reads these, pillow-heif, is missing.',
+                            'save it as JPEG, or pip install pillow-heif') from None
         long = 'a text or a profile in it is too long' if 'MAX_TEXT' in str(error) else None
         raise UserError(f'{path!r} cannot be read as a picture: {long or one_line(error)}.',
                         'open it and save it again as PNG') from None
+
+
+def is_heic(path):
+    """Whether a file begins as HEIC pictures do."""
+    with open(path, 'rb') as file:
+        return bool(re.match(HEIC, file.read(12), re.DOTALL))
 
 
 def alpha(image):
@@ -2988,10 +3276,69 @@ def read_picture(path):
     if opaque:
         image, seen = Image.new('RGB', image.size, 'white'), image
         image.paste(seen, mask=opaque)
-        opaque = np.asarray(opaque)
+        opaque = np.asarray(opaque)[:, :, None]
         share = np.count_nonzero(opaque < 255) / opaque.size
         remarks.append(f'{100 * share:.3g}% of `{path}` is transparent: it is laid on white.')
     return Picture(np.asarray(image), opaque, list(filter(None, remarks)))
+
+
+def read_inputs(options):
+    """`read_pictures`, then `read_maps`: the inputs, and the remarks of both."""
+    inputs, remarks = read_pictures(options)
+    inputs, lines = read_maps(inputs, options)
+    return inputs, remarks + lines
+
+
+def read_pictures(options):
+    """Read and check the pictures of a run.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+
+    Returns
+    -------
+    inputs : Inputs
+        Without maps. Without content, `size` is that of a texture; for a doodle `read_maps` sets it.
+    remarks : list of str
+        What was loaded, a line each.
+
+    Raises
+    ------
+    UserError
+        A picture is missing or broken, or does not fit the options or the layers.
+    """
+    content, content_alpha, seed, remarks = None, None, None, []
+    if options.content:
+        content, content_alpha, lines = read_picture(options.content)
+        content = limited(content, options.max_size, Image.LANCZOS)
+        content_alpha = limited(content_alpha, options.max_size, Image.BOX)
+        remarks += [f'Loading `{options.content}` for content data.', *lines]
+    elif options.seed == 'content':
+        raise UserError('--seed=content needs a content picture.', 'add --content, or use --seed=noise')
+    if content is None and options.keep_colors:
+        raise UserError('--keep-colors needs a content picture, whose colours are kept.', 'add --content')
+    style, style_alpha, lines = read_picture(options.style)
+    scaled = scaled_size(style.shape[1::-1], options)
+    style, style_alpha = resized(style, scaled, Image.LANCZOS), resized(style_alpha, scaled, Image.BOX)
+    style_alpha = None if style_alpha is None or style_alpha.all() else style_alpha
+    remarks += [f'Loading `{options.style}` for style data.', *lines]
+    if options.style_scale != 1:
+        remarks.append('The style picture is taken at {:g} times its size, {}x{}.'.format(options.style_scale, *scaled))
+    if options.rotations or options.scales:
+        count = copy_count(options)
+        remarks.append(f'{count} copies of the style picture, so matching takes some {count} times as long; '
+                       'fewer by --rotations and --scales.')
+    if options.seed not in ('noise', 'content'):
+        seed, _, lines = read_picture(options.seed)
+        remarks += lines
+    if content is None:
+        remarks.append('No content picture: the result depends on style, map and seed only.')
+    size = options.output_size or (style if content is None else content).shape[1::-1]
+    inputs = Inputs(content, None, style, None, seed, size, style_alpha, content_alpha)
+    if content is not None:
+        check_sizes(inputs, options)
+    return inputs, remarks
 
 
 # ---- files: painted maps ---------------------------------------------------------------------------------------------
@@ -3477,18 +3824,61 @@ def map_channels(maps, classes, labels):
         f'{len(classes)} map colours, some black or shades of each other: each is a class of its own.')
 
 
+def read_maps(inputs, options):
+    """Read the maps, if there are any and the method uses them: `inputs` with them, and remarks."""
+    (content_map, style_map), remarks = map_pair(inputs, options)
+    inputs = inputs._replace(content_map=content_map, style_map=style_map)
+    if inputs.content is None:
+        if content_map is not None:                                     # a doodle has the size of its map
+            inputs = inputs._replace(size=content_map.shape[1::-1])
+        check_sizes(inputs, options)
+    return inputs, remarks
+
+
+def map_pair(inputs, options):
+    """The maps of both pictures, (H, W, K) uint8 arrays, or None twice if no maps are used; and remarks."""
+    if not style_term(options).reads_maps:
+        return (None, None), [f'Method {options.method}, which reads no semantic maps.']
+    pictures = {'content': (options.content, inputs.content), 'style': (options.style, inputs.style)}
+    paths = dict(zip(pictures, map_paths(options)))
+    found = [name for name in paths if options.semantic_weight and is_there(paths[name])]
+    if not found:
+        return (None, None), ['No semantic maps: patches are matched by their features alone.']
+    if len(found) == 1:
+        missing = paths['style' if found == ['content'] else 'content']
+        raise UserError(f'{paths[found[0]]!r} is a map, but {missing!r} is not there.', 'paint that map too, ' +
+                        'say --auto-maps, ' * bool(options.content) + 'or leave maps unread with --semantic-weight=0')
+    if options.content and len(set(paths.values())) == 1 and not same_file(options.content, options.style):
+        raise UserError(f'{options.content!r} and {options.style!r} would share the map {paths["style"]!r}.',
+                        'rename one of the pictures, and give each a map of its own')
+    classes, maps, labels, warned = classify_maps(
+        list(paths.values()), [picture if picture[0] else None for picture in pictures.values()], options.max_size)
+    remarks = []
+    for name, path in paths.items():
+        unread = ', '.join(f'`{other}`' for other in other_endings(path, pictures[name][0] or ''))
+        remarks.append(f'Adding `{path}` as semantic map' + (f', and not {unread}.' if unread else '.'))
+    remarks += legend(classes, dict(zip(paths, maps)), dict(zip(paths, labels))) + warned
+    channels, remark = map_channels(maps, classes, labels)
+    return channels, remarks + [remark] * bool(remark)
+
+
 def import_automaps():
     """The module of automatic maps."""
     return import_beside('samples/automaps.py')
 
 
+def require_beside(name, flags):
+    """The path of a file of ``samples/`` beside this one; UserError if what `flags` need is not there."""
+    if not os.path.isfile(beside(name)):
+        raise UserError(f'{flags} needs {beside(name)!r}, which is not there.',
+                        f'copy it there from where the script is from, or leave {flags} out')
+    return beside(name)
+
+
 @functools.cache
-def import_beside(name):
+def import_beside(name, flags='--auto-maps'):
     """A script of ``samples/`` beside this one, as a module; it may import this one, too."""
-    path = beside(name)
-    if not os.path.isfile(path):
-        raise UserError(f'--auto-maps needs {path!r}, which is not there.',
-                        'copy it there from where the script is from, or leave --auto-maps out')
+    path = require_beside(name, flags)
     sys.modules['doodle'] = sys.modules[__name__]                       # not a second copy beside __main__
     spec = importlib.util.spec_from_file_location(os.path.basename(name)[:-3], path)
     module = importlib.util.module_from_spec(spec)
@@ -3689,10 +4079,15 @@ def check_files(options, places):
     check_written(options, places, read)
 
 
+IN_FRAMES = r'\d{4,}\.png|command\.txt|run-\d+|watch\.(html|js)'       # names in the folder of --frames
+
+
 def check_written(options, places, read):
     """Refuse outputs that would overwrite an input or each other, or cannot be written."""
     frames = [options.frames] if options.save_every else []
-    outputs = [('--output', path) for path in filter(None, places)] + [('--log', options.log)] * bool(options.log)
+    outputs = [('--output', path) for path in filter(None, places)] + [
+        (flag, getattr(options, attribute(flag))) for flag in ('--log', '--figure', '--animation')
+        if getattr(options, attribute(flag))]
     for flag, path in outputs + [('--frames', path) for path in frames]:
         if any(same_file(path, other) for other in read if other):
             raise UserError(f'{flag} {path!r} is one of the inputs and would overwrite it.', f'choose another {flag}')
@@ -3702,18 +4097,32 @@ def check_written(options, places, read):
         if is_special(path) and (flag != '--log' or not is_stream(path)):
             raise UserError(f'{flag} {path!r} is not a file.', f'choose another {flag}')
         if any(same_file(path, folder) or same_file(os.path.dirname(path) or '.', folder) and
-               re.fullmatch(r'\d{4,}\.png|command\.txt|run-\d+', os.path.basename(path)) for folder in frames):
+               re.fullmatch(IN_FRAMES, os.path.basename(path)) for folder in frames):
             raise UserError(f'{flag} {path!r} has the name of a frame or of the folder of --frames.',
                             f'choose another {flag} or --frames')
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(path)                                               # a name may be too long
-    if options.log and any(same_file(options.log, path) for flag, path in outputs if flag == '--output'):
-        raise UserError('--log is the same file as the output or its checkpoint.', 'choose another --log')
-    image_format(places.output)
+    for (flag, path), (other, place) in itertools.combinations(outputs, 2):
+        if flag != other and same_file(path, place):
+            what = 'the output or its checkpoint' if flag == '--output' else flag
+            raise UserError(f'{other} is the same file as {what}.', f'choose another {other}')
+    for path in filter(None, (places.output, options.figure)):
+        image_format(path)
+    check_drawings(options)
     folders = [(flag, os.path.dirname(given_target(path)) or '.') for flag, path in outputs if not is_special(path)]
     for flag, folder in folders + [('--frames', path) for path in frames]:
         if not options.check or mounts() is None:                       # a container's start has warned
             check_folder(folder, flag, f'choose another {flag}')
+
+
+def check_drawings(options):
+    """Refuse a figure or animation that cannot be drawn."""
+    if options.figure or options.animation:
+        require_beside('samples/figure.py', '--figure')
+    if options.animation and not re.search(r'\.(gif|webp|png)$', options.animation, re.IGNORECASE):
+        raise UserError(f'--animation {options.animation!r} does not end like one.', 'end it in .gif, .webp or .png')
+    if options.animation and not options.save_every:
+        raise UserError('--animation is made of frames, and --save-every=0 leaves them out.', 'leave one of them out')
 
 
 def is_special(path):
@@ -3787,6 +4196,9 @@ def can_be_written(folder):
     except UserError:
         return False
     return True
+
+
+TRANSPARENT = 'PNG', 'WEBP', 'TIFF', 'AVIF'                           # formats in which alpha is kept
 
 
 def image_format(path):
@@ -3927,9 +4339,14 @@ def sync_folder(folder):
 
 
 def write_picture(rgb, path, durable=False, **options):
-    """Write (H, W, 3) uint8 `rgb`, in the format of the ending of `path`, with Pillow's `options`."""
+    """Write `rgb`, (H, W, 3) uint8 or with alpha (H, W, 4), in the format of the ending of `path`."""
+    write_image(Image.fromarray(np.ascontiguousarray(rgb)), path, durable, quality=95, **options)
+
+
+def write_image(image, path, durable=False, **options):
+    """Write a Pillow image, in the format of the ending of `path`, with Pillow's `options`."""
     with written_whole(path, durable) as file:
-        Image.fromarray(np.ascontiguousarray(rgb)).save(file, format=image_format(path), quality=95, **options)
+        image.save(file, format=image_format(path), **options)
 
 
 def claim_frames(folder):
@@ -3961,16 +4378,32 @@ class Checkpoint:
     frames: str = None                                                  # the folder of `claim_frames`
     minimiser: Minimiser = None
     memory: dict = None                                                 # `Objective.state`
+    losses: list = dataclasses.field(default_factory=list)              # (number, total, each term) by evaluation
+    restarts: dict = dataclasses.field(default_factory=dict)            # {`Minimiser.restart`: [evaluation, error]}
 
     def begin(self, phase, image, objective):
         """Start a phase from an image."""
         self.phase, self.evaluation, self.error = phase, 0, 255.
-        self.minimiser, self.memory = Minimiser(image), objective.state()
+        self.minimiser, self.memory, self.restarts = Minimiser(image), objective.state(), {}
 
     def count(self, largest):
         """Count an evaluation, whose `largest` |gradient| of a pixel is known."""
         self.evaluation, self.number = self.evaluation + 1, self.number + 1
         self.error = 0.9 * self.error + 0.1 * min(largest, 255)
+
+    def skip(self, iterations, journal):
+        """Count as done, and record, what is certain to repeat: whole cycles, but for the last evaluation of a phase.
+
+        Where the minimiser starts anew as it did before, all between repeats itself for ever.
+        """
+        if not self.memory['fresh'] and (state := self.minimiser.restart()):
+            before, error = self.restarts.setdefault(state, [self.evaluation, self.error])
+            cycle = self.evaluation - before
+            if skipped := cycle and (iterations - 1 - self.evaluation) // cycle * cycle:
+                journal.skip(self, cycle, skipped)
+                self.evaluation, self.number = self.evaluation + skipped, self.number + skipped
+                limit = (self.error - 0.9 ** cycle * error) / (1 - 0.9 ** cycle)        # after so many cycles
+                self.error = limit + 0.9 ** skipped * (self.error - limit)
 
 
 def provenance(inputs, weights, options):
@@ -3984,16 +4417,16 @@ def provenance(inputs, weights, options):
                                       map_channels=0 if inputs.style_map is None else inputs.style_map.shape[2]))))
 
 
-FORMAT = 2                                                            # of checkpoints
+FORMAT = 3                                                            # of checkpoints
 HEAD = 'doodle.py {}, checkpoint of format {}, sha256 {}\n'            # their first line: checksum of the rest
 
 
 def write_checkpoint(path, at):
     """Write a `Checkpoint`: the `HEAD`, its numbers as a line of JSON, then the bytes of its arrays."""
-    state = at.minimiser.state() | at.memory
+    state = at.minimiser.state() | at.memory | dict(losses=np.array(at.losses, np.float64))
     arrays = {name: value for name, value in state.items() if value.ndim}
     numbers = {field.name: getattr(at, field.name) for field in dataclasses.fields(at)
-               if field.name not in ('minimiser', 'memory')}
+               if field.name not in ('minimiser', 'memory', 'losses')}
     numbers |= dict(state={name: value.item() for name, value in state.items() if not value.ndim},
                     arrays={name: (value.dtype.str, value.shape) for name, value in arrays.items()})
     parts = [json.dumps(numbers).encode() + b'\n', *map(np.ascontiguousarray, arrays.values())]
@@ -4041,7 +4474,7 @@ def read_checkpoint(path, header):
         with open(path, 'rb', opener=opened_file) as file:
             check_head(file, path, header, restart)
             numbers, state = read_state(file)
-        at = Checkpoint(**numbers)
+        at = Checkpoint(**numbers, losses=read_losses(state.pop('losses')))
         differences = differing(at.header, header)
         if not differences:
             at.minimiser = check_progress(at, header)
@@ -4098,6 +4531,13 @@ def read_state(file):
     return numbers, state
 
 
+def read_losses(losses):
+    """The rows of ``Checkpoint.losses`` from their array in a file."""
+    if losses.ndim != 2 or not np.isfinite(losses).all():
+        raise ValueError('its losses are none of a run')
+    return [(int(number), *terms) for number, *terms in losses.tolist()]
+
+
 def check_progress(at, header):
     """A `Minimiser` of the size of the phase that a checkpoint is in; ValueError if its numbers are none of a run's."""
     phases, iterations = (header['options'][name] for name in ('phases', 'iterations'))
@@ -4105,9 +4545,16 @@ def check_progress(at, header):
             0 <= at.phase < phases and 0 <= at.evaluation <= iterations and
             0 < at.number == at.phase * iterations + at.evaluation and
             type(at.error) is float and 0 <= at.error <= 255 and type(at.frames) in (str, type(None)) and
-            type(at.header['random_seed']) is int and 0 <= at.header['random_seed'] < 10 ** 9):
+            sound_restarts(at) and type(at.header['random_seed']) is int and 0 <= at.header['random_seed'] < 10 ** 9):
         raise ValueError('its numbers are none that a run counts')
     return Minimiser(np.zeros((3, *phase_size(header['shapes']['output'], at.phase, phases))))
+
+
+def sound_restarts(at):
+    """Whether the `restarts` of a checkpoint are of evaluations in its phase."""
+    return type(at.restarts) is dict and all(
+        type(evaluation) is int and 0 < evaluation <= at.evaluation and type(error) is float and 0 <= error <= 255
+        for evaluation, error in at.restarts.values())
 
 
 def differing(then, now):
@@ -4150,13 +4597,15 @@ class Journal:
     ----------
     options : argparse.Namespace
     places : Places
-    size : (width, height) of the result
+    inputs : Inputs
+        The content's colours and transparency may be kept.
     at : Checkpoint
         Where the run begins; a resumed run continues its log from there.
     """
 
-    def __init__(self, options, places, size, at):
-        self.options, self.places, self.size, self.saved, self.told = options, places, size, None, set()
+    def __init__(self, options, places, inputs, at):
+        self.options, self.places, self.inputs, self.saved, self.told = options, places, inputs, None, set()
+        self.page = Page(options, inputs)
         self.bar = tqdm(total=options.phases * options.iterations, initial=at.number, disable=None, leave=False)
         self.log, self.unwritten = None, b''
         if options.log:
@@ -4195,10 +4644,20 @@ class Journal:
             self.say(f'  - Content layer conv{layer}: {shape[2]} features in {4 * math.prod(shape) // 1000:,}kb.')
         self.say('')
         self.since = time.time()
+        self.names = ['total', *(f'content conv{layer}' for layer in objective.target),
+                      *(f'style conv{layer}' for layer in objective.style), 'smoothness']
+        self.page.begin(at)
+
+    def pixels(self, x, size):
+        """The image `x` (3, H, W) as (height, width, 3) uint8 RGB, at `size`, in the content's colours if so wished."""
+        rgb = to_pixels(x, size)
+        return recolored(rgb, resized(self.inputs.content, size, Image.LANCZOS)) if self.options.keep_colors else rgb
 
     def record(self, at, x, evaluation, largest):
         """Write line, frame and log entry of the evaluation of `x` (3, H, W), which `at` has just counted."""
         number, every = at.number - 1, self.options.print_every         # counts from 0
+        at.losses.append((number, evaluation.total, *evaluation.content.values(), *evaluation.style.values(),
+                          evaluation.smooth))
         if every and number % every == 0:
             self.say(progress_line(number, evaluation, at.error, time.time() - self.since))
             self.since = time.time()
@@ -4208,13 +4667,28 @@ class Journal:
         if self.options.save_every and number % self.options.save_every == 0:
             with self.spared(self.options.frames):
                 at.frames = at.frames or claim_frames(self.options.frames)
-                write_picture(to_pixels(x, x.shape[:0:-1]), os.path.join(at.frames, f'{number:04d}.png'))
+                write_picture(self.pixels(x, x.shape[:0:-1]), os.path.join(at.frames, f'{number:04d}.png'))
+        self.show(at, 'running')
         self.write_log(dict(
             phase=at.phase, evaluation=at.evaluation - 1, total=evaluation.total, content=evaluation.content,
             style=evaluation.style, smooth=evaluation.smooth, gradient_l2=float(np.linalg.norm(evaluation.gradient)),
             gradient_max=largest, seconds=evaluation.seconds,
             matching_seconds=evaluation.matching_seconds))
         self.bar.update()
+
+    def show(self, at, state):
+        """Renew the page beside the frames."""
+        if at.frames and self.options.save_every:
+            with self.spared(at.frames):
+                self.page.show(at, self.names, state)
+
+    def finish(self, at, state):
+        """Once result and checkpoint are safe, the page's last state, and figure and animation where wished."""
+        self.show(at, state)
+        for path, draw in (self.options.figure, write_figure), (self.options.animation, write_animation):
+            if path and at.losses:
+                with self.spared(path):
+                    self.say(draw(given_target(path), self, at))
 
     def write_log(self, entry):
         """Append one line of JSON, after those that could not be written before, of which 16 MB wait."""
@@ -4247,6 +4721,13 @@ class Journal:
                 self.lose_lines()
             self.log.close()
 
+    def skip(self, at, cycle, skipped):
+        """Say that the phase only repeats its last `cycle` evaluations, and that `skipped` more are not made."""
+        self.say(f'  - After {at.evaluation} evaluations this phase has converged: it would repeat the last {cycle} '
+                 f'for ever, and skips {skipped}.')
+        self.write_log(dict(phase=at.phase, evaluation=at.evaluation, cycle=cycle, skipped=skipped))
+        self.bar.update(skipped)
+
     def keep(self, at):
         """Write a checkpoint every 10 evaluations, or as often as frames if that is more often."""
         if at.number % min(self.options.save_every or 10, 10) == 0:
@@ -4262,7 +4743,9 @@ class Journal:
         """Save the last accepted image; at the `last` time to any folder that can be written. Whether it is saved."""
         if not at.number or self.saved is at.minimiser.image:
             return at.number > 0
-        picture, done = to_pixels(at.minimiser.image, self.size), False
+        picture, done = self.pixels(at.minimiser.image, self.inputs.size), False
+        if self.inputs.content_alpha is not None and image_format(self.places.output) in TRANSPARENT:
+            picture = np.dstack([picture, self.inputs.content_alpha])
         for path in filter(None, (self.places.output, self.places.copy)):
             done = False
             with self.spared(path):
@@ -4279,6 +4762,83 @@ class Journal:
         return done
 
 
+class Page:
+    """The page beside a run's frames, which shows the run in a browser: ``watch.html``, and its data in ``watch.js``.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+    inputs : Inputs
+    """
+
+    POINTS = 1000                                                       # most evaluations of the curves
+
+    def __init__(self, options, inputs):
+        self.options, self.inputs, self.shown = options, inputs, 0
+        self.costs = [evaluation for _, evaluation in efforts(inputs, options)]
+
+    def begin(self, at):
+        """A phase begins, or goes on."""
+        self.start, self.first = time.time(), at.number
+
+    def show(self, at, names, state):
+        """Write what the page shows; while the run is 'running' at most every two seconds."""
+        now, every, total = time.time(), self.options.save_every, self.options.phases * self.options.iterations
+        if state == 'running' and now < self.shown + 2:
+            return
+        if not self.shown:
+            self.write_page(at.frames)
+        seconds = (now - self.start) / max(1, at.number - self.first)
+        later = sum(self.costs[at.phase + 1:]) / self.costs[at.phase] * self.options.iterations
+        frames = (f'{number:04d}.png' for number in range((at.number - 1) // every * every, -1, -every))
+        newest = next((name for name in frames if os.path.isfile(os.path.join(at.frames, name))), None)
+        write_text(os.path.join(at.frames, 'watch.js'), 'watch({})\n'.format(json.dumps(dict(
+            state=state, time=now, number=at.number, total=total, phase=at.phase, phases=self.options.phases,
+            seconds=seconds, left=seconds * (self.options.iterations - at.evaluation + later), names=names,
+            frame=newest, losses=at.losses[::1 + len(at.losses) // self.POINTS]))))
+        self.shown = now
+
+    def write_page(self, folder):
+        """Write ``watch.html`` from that in ``samples/``, where it is; pictures and names are inside it."""
+        template = beside('samples/watch.html')
+        if not os.path.isfile(template):
+            return
+        facts = dict(title=os.path.basename(self.options.output), size=self.inputs.size, before=None)
+        if self.inputs.content is not None:
+            small = io.BytesIO()
+            Image.fromarray(limited(self.inputs.content, 640, Image.LANCZOS)).save(small, 'JPEG', quality=85)
+            facts['before'] = 'data:image/jpeg;base64,' + base64.b64encode(small.getvalue()).decode()
+        with open(template, encoding='utf-8') as file:                  # <: a name cannot end the script
+            page = file.read().replace('FACTS</', json.dumps(facts).replace('<', r'\u003c') + '</')
+        write_text(os.path.join(folder, 'watch.html'), page)
+
+
+def write_text(path, text):
+    """Write a text file atomically."""
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+def write_figure(path, journal, at):
+    """Write the run's figure; returns a line that says so."""
+    figure, iterations = import_beside('samples/figure.py', '--figure'), journal.options.iterations
+    panels = figure.panels_of(journal.inputs, journal.pixels(at.minimiser.image, journal.inputs.size))
+    write_image(figure.figure(panels, journal.names, at.losses, range(0, at.losses[-1][0] + 1, iterations)), path)
+    return f'  - Figure: `{path}`.'
+
+
+def write_animation(path, journal, at):
+    """Write the animation of the run's frames; returns a line that says so, or why not."""
+    frames = [os.path.join(at.frames or '', f'{number:04d}.png')
+              for number in range(0, at.number, journal.options.save_every)]
+    frames = list(filter(os.path.isfile, frames))
+    if not frames:
+        return '  - There are no frames, and so no animation.'
+    (first, *rest), durations = import_beside('samples/figure.py', '--figure').animation(frames, journal.inputs.size)
+    write_image(first, path, save_all=True, append_images=rest, duration=durations, loop=0)
+    return f'  - Animation: `{path}`.'
+
+
 def paint_and_save(objective, inputs, options, at, journal):
     """Paint, and save the image also after an error or signal; returns the exit code."""
     start, device, places = time.time(), at.header['device'], journal.places
@@ -4292,6 +4852,7 @@ def paint_and_save(objective, inputs, options, at, journal):
         if journal.save(at):
             saved = f'the image so far is in {kept(journal.places)}; --resume goes on from there'
         journal.keep_now(at)
+        journal.finish(at, 'been interrupted')
         say(f'\n{bold("Interrupted")} after {at.number} evaluations on device `{device}`: {saved}.')
         return 128 + interruption.args[0]
     except FloatingPointError:
@@ -4306,6 +4867,7 @@ def paint_and_save(objective, inputs, options, at, journal):
         raise
     if journal.saved is None:
         raise UserError('The result could not be written anywhere.', 'make room, and --resume')
+    journal.finish(at, 'ended')
     with contextlib.suppress(OSError):
         os.unlink(places.checkpoint)
     say(f'\n{bold("Optimization finished")} in {time.time() - start:.1f}s, average pixel error {at.error:.1f}, '
@@ -4316,8 +4878,9 @@ def paint_and_save(objective, inputs, options, at, journal):
 # ---- files: what a run says ------------------------------------------------------------------------------------------
 
 def one_line(error):
-    """The message of an exception in one line, without a full stop."""
-    return ' '.join(str(error).split()).rstrip('.') or type(error).__name__
+    """The message of an exception in one line, without a full stop; libgpuarray's are bytes."""
+    text = b' '.join(error.args).decode() if error.args and type(error.args[0]) is bytes else str(error)
+    return ' '.join(text.split()).rstrip('.') or type(error).__name__
 
 
 def say(text=''):
@@ -4777,6 +5340,111 @@ static void matching(PyArrayObject *image, PyArrayObject *style, PyArrayObject *
 }
 '''
 
+NEAR_MATCHING = r'''
+/* a random number by its place in a sequence: splitmix64 */
+static inline npy_uint64 drawn(npy_uint64 n) {
+    n += 0x9e3779b97f4a7c15u;
+    n = (n ^ n >> 30) * 0xbf58476d1ce4e5b9u;
+    n = (n ^ n >> 27) * 0x94d049bb133111ebu;
+    return n ^ n >> 31;
+}
+
+/* two numbers from -most to most by n, one from either half of its bits */
+static inline long down(npy_uint64 n, long most) { return long((n >> 32) % (2 * most + 1)) - most; }
+static inline long right(npy_uint64 n, long most) { return long((n & 0xffffffffu) % (2 * most + 1)) - most; }
+
+/* b(j) times the sum of products of patch i at (y, x) of u with j at (a, c) of v; -infinity where b(j) is 0 */
+struct Patches {
+    const float *u, *v, *b;
+    long H, W, h, w, D;
+    float score(long y, long x, long a, long c) const {
+        enum { SUMS = 4 };
+        vec sums[SUMS] = {};
+        float total = 0, scale = b ? b[a * (w - 2) + c] : 1;
+        if (scale == 0) return -INFINITY;
+        for (long k = 0; k < 3; k++) {                                /* three pixels of a row are contiguous */
+            const float *f = u + ((y + k) * W + x) * D, *g = v + ((a + k) * w + c) * D;
+            long d = 0;
+            for (; d + SUMS * LANES <= 3 * D; d += SUMS * LANES)
+                for (int l = 0; l < SUMS; l++) sums[l] += load(f + d + l * LANES) * load(g + d + l * LANES);
+            for (; d + LANES <= 3 * D; d += LANES) sums[0] += load(f + d) * load(g + d);
+            for (; d < 3 * D; d++) total += f[d] * g[d];
+        }
+        sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        for (int l = 0; l < LANES; l++) total += sums[0][l];
+        return scale * total;
+    }
+};
+
+/* the best j found for one patch of the image, and its score */
+struct Best {
+    const Patches &p;
+    long y, x;
+    npy_int64 j;
+    float score;
+    void attempt(long a, long c) {
+        long other = a * (p.w - 2) + c;
+        if (a < 0 || c < 0 || a >= p.h - 2 || c >= p.w - 2 || other == j) return;
+        float s = p.score(y, x, a, c);
+        if (s > score || (s == score && other < j)) score = s, j = other;
+    }
+    void follow(const npy_int64 *matches, long dy, long dx) {
+        if (y + dy < 0 || x + dx < 0 || y + dy >= p.H - 2 || x + dx >= p.W - 2) return;
+        long other = matches[(y + dy) * (p.W - 2) + x + dx];
+        attempt(other / (p.w - 2) - dy, other % (p.w - 2) - dx);
+    }
+};
+
+/* one sweep over a row of patches, from the matches of the sweep before */
+static void sweep_row(const Patches &p, long y, npy_uint64 key, const npy_int64 *before, npy_int64 *matches,
+                      float *scores) {
+    for (long x = 0; x < p.W - 2; x++) {
+        long i = y * (p.W - 2) + x;
+        npy_uint64 n = drawn(key + i);
+        Best best = {p, y, x, before[i], scores[i]};
+        for (long d = -1; d <= 1; d += 2) best.follow(before, d, 0), best.follow(before, 0, d);
+        for (int k = 0; k < 4; k++) n = drawn(n), best.follow(before, down(n, 8), right(n, 8));
+        long a = best.j / (p.w - 2), c = best.j % (p.w - 2);
+        for (long d = 0; d < 9; d++) best.attempt(a + d / 3 - 1, c + d % 3 - 1);
+        a = best.j / (p.w - 2), c = best.j % (p.w - 2);
+        for (long most = std::max(p.h, p.w); most; most /= 2)
+            n = drawn(n), best.attempt(a + down(n, most), c + right(n, most));
+        matches[i] = best.j, scores[i] = best.score;
+    }
+}
+
+static void near_matching(PyArrayObject *image, PyArrayObject *style, PyArrayObject *of_image, PyArrayObject *of_style,
+                          PyArrayObject *guess, PyArrayObject *draws, PyArrayObject **matches) {
+    npy_int64 sweeps = *(npy_int64 *)PyArray_GETPTR1(draws, 0), made = *(npy_int64 *)PyArray_GETPTR1(draws, 1);
+    if (!sweeps) return matching(image, style, of_image, of_style, NULL, matches, NULL);
+    Array u(image), v(style), b(of_style);
+    Patches p = {u, v, b.size(0) ? (float *)b : NULL, u.size(0), u.size(1), v.size(0), v.size(1), u.size(2)};
+    npy_intp M = (p.H - 2) * (p.W - 2), N = (p.h - 2) * (p.w - 2);
+    if (std::min(std::min(p.H, p.W), std::min(p.h, p.w)) < 3 || v.size(2) != p.D || (p.b && b.size(0) != N) ||
+        PyArray_DIM(guess, 0) != M)
+        throw std::invalid_argument("NearMatching: the pictures have no 3x3 patch, or do not fit each other");
+    npy_int64 whole = 0;                                              /* the first patch that may be matched */
+    while (p.b && whole < N - 1 && p.b[whole] == 0) whole++;
+    std::vector<npy_int64> before(M);
+    std::vector<float> scores(M);
+    for (long i = 0; i < M; i++) {
+        before[i] = *(npy_int64 *)PyArray_GETPTR1(guess, i);
+        if (before[i] < 0 || before[i] >= N) throw std::invalid_argument("NearMatching: a guess is no patch");
+        if (p.b && p.b[before[i]] == 0) before[i] = whole;
+    }
+    npy_int64 *found = (npy_int64 *)allocate(matches, 1, &M, NPY_INT64);
+    #pragma omp parallel for schedule(dynamic, 64)
+    for (long i = 0; i < M; i++)
+        scores[i] = p.score(i / (p.W - 2), i % (p.W - 2), before[i] / (p.w - 2), before[i] % (p.w - 2));
+    for (npy_int64 t = 0; t < sweeps; t++) {
+        if (t) std::copy(found, found + M, before.begin());
+        npy_uint64 key = drawn(made + t);
+        #pragma omp parallel for schedule(dynamic)
+        for (long y = 0; y < p.H - 2; y++)
+            if (!leave()) sweep_row(p, y, key, before.data(), found, scores.data());
+    }
+}
+'''
 
 
 # The kernels of the Ops on a GPU, in what is common to the C of CUDA and of OpenCL.

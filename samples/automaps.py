@@ -904,7 +904,8 @@ def paint_maps(options, pictures, maps, network):
         found = np.unique(doodle.colour_codes(colours))
         doodle.say(f'  - Painted {counted(found)}: ' + ', '.join(f'`{path}`' for path in written))
         doodle.say('    ' + ', '.join(done.names[int(code)] for code in found))
-    doodle.say('  - Maps can be mended by hand in a paint program: run again, and they are kept.')
+    doodle.say('  - Maps can be mended by hand, with samples/painter.html or a paint program: run again, and they are '
+               'kept.')
 
 
 # ---- command ---------------------------------------------------------------------------------------------------------

@@ -66,20 +66,6 @@ def table(rows, style, content, maps, weights):
     return lines
 
 
-def labelled(panels, columns, height=300):
-    """One picture of {title: (H, W, 3) picture}, at one height, titles above."""
-    from PIL import Image, ImageDraw, ImageFont
-    images = [Image.fromarray(panel) for panel in panels.values()]
-    images = [image.resize((round(image.width * height / image.height), height), Image.LANCZOS) for image in images]
-    width, row = max(image.width for image in images) + 8, height + 30
-    page = Image.new('RGB', (columns * width + 8, -(-len(images) // columns) * row + 8), 'white')
-    for k, (title, image) in enumerate(zip(panels, images)):
-        left, top = k % columns * width + 8, k // columns * row
-        ImageDraw.Draw(page).text((left, top + 6), title, 'black', ImageFont.load_default(18))
-        page.paste(image, (left, top + 30))
-    return page
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--content', type=doodle.parse_path, default=f'{ROOT}/samples/hopper.png',
@@ -108,7 +94,8 @@ def main():
             results[method] = doodle.read_picture(output).pixels
             with open(log) as file:
                 header, *evaluations = map(json.loads, file)
-            print(f'{TITLES[method]}: {sum(e["seconds"] for e in evaluations):.0f} s in all evaluations\n', flush=True)
+            seconds = sum(entry.get('seconds', 0) for entry in evaluations)             # none of what was skipped
+            print(f'{TITLES[method]}: {seconds:.0f} s in all evaluations\n', flush=True)
 
     options = doodle.parse_options(['--method=champandard', *common, f'--output={a.output}'])
     with mock.patch.dict(os.environ):
@@ -121,8 +108,8 @@ def main():
     weights, _ = doodle.read_weights(header['weights']['path'])
     print('\n'.join(table({'the content itself': content, **panels}, style, content, maps, weights)))
     inputs = {'content': content, 'style': style, 'map of the content': maps.maps[0], 'map of the style': maps.maps[1]}
-    labelled(inputs | panels,
-             4).save(a.output, quality=90)
+    figure = doodle.import_beside('samples/figure.py', 'compare.py')
+    figure.labelled(inputs | panels, 4).save(a.output, quality=90)
     print(f'\nThe picture is {a.output}.')
 
 

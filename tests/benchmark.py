@@ -3,16 +3,23 @@
 
     python tests/benchmark.py                         559x384, the bundled network, the sample faces
     python tests/benchmark.py --weights FILE --size 1024x1024 --rounds 3 --skip plain
+    python tests/benchmark.py --after 300             of a run's evaluations from the 300th on
+    python tests/benchmark.py --growth 1024x1024,2048x2048 --options=--matching=near
+    python tests/benchmark.py --whole --options='--phases=4 --iterations=100'
 
 Everything is timed in turn within one process, round after round, since machines drift: read the ratios. Memory and
-growth are measured in a process of their own each. Takes some minutes.
+growth are measured in a process of their own each. Takes some minutes. A whole run is the program's own, beside what
+--check says of it; --options are the program's.
 """
 import argparse
+import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from unittest import mock
@@ -27,6 +34,8 @@ with mock.patch.dict(os.environ):
     doodle.import_theano('cpu')
 import numpy as np  # noqa: E402
 
+from peer import Torch  # noqa: E402
+
 
 def faces(width, height):
     """The sample pair at a size: content, style (3, H, W) and their maps."""
@@ -38,13 +47,24 @@ def faces(width, height):
     return *map(doodle.to_planes, pictures[:2]), *pictures[2:]
 
 
+def halved(picture):
+    """A picture (3, H, W) at half its size."""
+    size = [side // 2 for side in picture.shape[:0:-1]]
+    return np.moveaxis(doodle.resized(np.moveaxis(np.float32(picture), 0, 2), size, doodle.Image.BOX), 2, 0)
+
+
 class Ours:
     """The program, with its engine or by its plain formulas."""
 
     def __init__(self, fast, weights, options, content, style, content_map, style_map):
         self.fast, self.weights, self.options = fast, weights, options
-        self.objective = doodle.Objective(weights, options, True, True, fast)
-        self.objective.set_phase(content, style, content_map, style_map, content.shape[:0:-1])
+        self.objective = doodle.Objective(weights, options, True, True, fast, slices=options.slices)
+        if options.matching == 'near':                                  # from the matches of the phase before
+            small = [halved(picture) for picture in (content, style)]
+            self.objective.set_phase(*small, content_map, style_map, small[0].shape[:0:-1])
+            self.objective(small[0])
+        self.objective.set_phase(content, style, content_map, style_map, content.shape[:0:-1], None,
+                                 options.matching == 'near')
 
     def alone(self):
         """Compile what is timed alone, the network and the search."""
@@ -64,88 +84,11 @@ class Ours:
         return [self.objective.prepare(f[layer], term.maps.get_value()) for layer, term in self.objective.style.items()]
 
 
-class Torch:
-    """The same in PyTorch: convolutions by oneDNN in its faster layout, patches unfolded and multiplied in batches."""
-
-    def __init__(self, weights, options, content, style, content_map, style_map):
-        import torch
-        self.torch, self.options, self.balance = torch, options, doodle.balance(weights.kind)
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        self.layers = {name: [torch.from_numpy(np.ascontiguousarray(a)) for a in pair]
-                       for name, pair in weights.layers.items()}
-        for pair in self.layers.values():
-            pair[0] = pair[0].contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            f, g = self.features(self.picture(content)), self.features(self.picture(style))
-            self.target = f['4_2']
-            maps = [self.picture(doodle.to_planes(m)) for m in (content_map, style_map)]
-            self.maps = {layer: self.pooled(maps[0], layer) for layer in options.style_layers}
-            self.keys = {layer: self.key(g[layer], self.pooled(maps[1], layer)) for layer in options.style_layers}
-            self.patches = {layer: self.unfold(g[layer]) for layer in options.style_layers}
-
-    def picture(self, x):
-        return self.torch.from_numpy(np.float32(x))[None]                       # (1, 3, H, W)
-
-    def pooled(self, m, layer):
-        return self.torch.nn.functional.avg_pool2d(m, doodle.stride(layer))
-
-    def unfold(self, f):
-        return self.torch.nn.functional.unfold(f, 3)[0].T.contiguous()          # (N, 9 C)
-
-    def features(self, x):
-        F, result = self.torch.nn.functional, {}
-        x = (x - self.torch.tensor(doodle.MEAN).view(1, 3, 1, 1)).contiguous(memory_format=self.torch.channels_last)
-        for name, (W, b) in self.layers.items():
-            x = F.avg_pool2d(x, 2) if name.endswith('_1') and name != '1_1' else x
-            x = result[name] = F.relu(F.conv2d(x, W, b, padding=1))
-            if name == '4_2':
-                return result
-
-    def key(self, f, m):
-        def unit(a):
-            return a / a.norm(dim=1, keepdim=True).clamp(min=1e-8)
-        return self.unfold(self.torch.cat([unit(f), self.options.semantic_weight ** .5 * unit(m)], 1) / 3)
-
-    def match(self, layer, query, batch=2048):
-        best, index = None, None
-        for start in range(0, len(self.keys[layer]), batch):
-            score, j = (self.keys[layer][start:start + batch] @ query.T).max(0)
-            better = score > best if best is not None else self.torch.ones_like(score, dtype=bool)
-            best = self.torch.where(better, score, best) if best is not None else score
-            index = self.torch.where(better, j + start, index) if index is not None else j
-        return index
-
-    def network(self, x):
-        x = self.picture(x).requires_grad_(True)
-        self.features(x)['4_2'].pow(2).sum().backward()
-
-    def queries(self, x):
-        with self.torch.no_grad():
-            f = self.features(self.picture(x))
-            return [self.key(f[layer], m) for layer, m in self.maps.items()]
-
-    def search(self, *queries):
-        with self.torch.no_grad():
-            return [self.match(layer, query) for layer, query in zip(self.keys, queries)]
-
-    def evaluate(self, x):
-        o, x = self.options, self.picture(x).requires_grad_(True)
-        f = self.features(x)
-        loss = o.content_weight * self.balance['4_2'] ** 2 * (f['4_2'] - self.target).pow(2).mean()
-        for layer, patches in self.patches.items():
-            with self.torch.no_grad():
-                index = self.match(layer, self.key(f[layer], self.maps[layer]))
-            weight = o.style_weight * self.balance[layer] ** 2
-            loss = loss + weight * (self.unfold(f[layer]) - patches[index]).pow(2).mean()
-        dy, dx = x[:, :, 1:, :-1] - x[:, :, :-1, :-1], x[:, :, :-1, 1:] - x[:, :, :-1, :-1]
-        loss = loss + o.smoothness * (dx ** 2 + dy ** 2 + 1e-12).pow(1.25).mean()
-        loss.backward()
-        return loss.item()
-
-
 def made(form, weights, options, pair):
     """One of the forms 'engine', 'plain', 'torch', ready for a pair of faces."""
-    return Torch(weights, options, *pair) if form == 'torch' else Ours(form == 'engine', weights, options, *pair)
+    if form == 'torch':
+        return Torch(weights.layers, doodle.balance(weights.kind), vars(options), *pair)
+    return Ours(form == 'engine', weights, options, *pair)
 
 
 def seconds(function, *arguments):
@@ -166,16 +109,66 @@ def alone(form, size, arguments):
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+def grow(sizes, a):
+    """Print what an evaluation by the engine takes at these sizes."""
+    print('\nGrowth of the engine:\n\n| size | an evaluation | peak memory |\n|---|---|---|')
+    for size in sizes:
+        one = alone('engine', size, ['--weights', a.weights, f'--options={a.options}'])
+        print(f"| {size[0]}x{size[1]} | {one['seconds']:.2f} s | {one['memory']:.2f} GB |", flush=True)
+
+
+def late(form, x, evaluations):
+    """The next images (3, H, W) of a run from `x`, after so many evaluations by a form, one after the other."""
+    minimiser = doodle.Minimiser(x)
+    for number in itertools.count():
+        image = minimiser.ask().copy()
+        if number >= evaluations:
+            yield image
+        evaluation = form.objective(image)
+        minimiser.tell(evaluation.total, evaluation.gradient)
+
+
+def whole(size, arguments):
+    """Run the program on the sample faces; print the seconds of its phases and of all, and what --check said."""
+    with tempfile.TemporaryDirectory() as folder:
+        content, style, *maps = faces(*size)
+        pictures = dict(content=doodle.to_pixels(content, size), style=doodle.to_pixels(style, style.shape[:0:-1]),
+                        content_sem=maps[0], style_sem=maps[1])
+        for name, pixels in pictures.items():
+            doodle.Image.fromarray(pixels).save(f'{folder}/{name}.png')
+        command = [sys.executable, ROOT / 'doodle.py', '--style=style.png', '--content=content.png', '--random-seed=1',
+                   '--print-every=0', '--save-every=0', '--log=log', *arguments]
+        print(*re.findall('  - (Phase.+|On this CPU.+|With exact.+)',
+                          subprocess.check_output([*command, '--check'], cwd=folder, text=True)), sep='\n')
+        took = seconds(lambda: subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL))
+        entries = [json.loads(line) for line in Path(folder, 'log').read_text().splitlines()[1:]]
+    phases = {}
+    for entry in entries:
+        phases.setdefault(entry['phase'], []).append(entry.get('seconds', 0))
+    for phase, times in phases.items():
+        print(f'Phase #{phase}: {len(times)} entries of {np.mean(times):.2f} s')
+    print(f'{took / 60:.1f} minutes in all')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--size', type=doodle.parse_size, default=(559, 384))
     parser.add_argument('--weights', type=doodle.parse_path, default=str(ROOT / 'vgg16.npz'))
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--skip', default='', help='forms to leave out: plain,torch')
+    parser.add_argument('--after', type=int, default=0, help='evaluations of a run before those that are timed')
+    parser.add_argument('--growth', help='sizes, with commas between: time and memory of the engine, nothing else')
+    parser.add_argument('--whole', action='store_true', help='the time of a whole run, nothing else')
+    parser.add_argument('--options', default='', help="the program's, as one text")
     parser.add_argument('--alone', help=argparse.SUPPRESS)
     a = parser.parse_args()
+    given = shlex.split(a.options)
+    if a.whole:
+        return whole(a.size, [f'--weights={a.weights}', *given])
+    if a.growth:
+        return grow(map(doodle.parse_size, a.growth.split(',')), a)
     weights, _ = doodle.read_weights(a.weights)
-    options = doodle.parse_options(['--style=-', '--content-weight=10', '--style-weight=10'])
+    options = doodle.parse_options(['--style=-', '--content-weight=10', '--style-weight=10', '--slices=2', *given])
     pair = faces(*a.size)
     x = np.random.default_rng(0).uniform(16, 240, pair[0].shape)
     if a.alone:
@@ -199,15 +192,17 @@ def main():
     for form in forms.values():
         form.evaluate(x)
     losses = {name: form.evaluate(x) for name, form in forms.items()}
-    for _ in range(a.rounds):
+    path = late(forms['engine'], x, a.after) if a.after else itertools.repeat(x)
+    for _, x in zip(range(a.rounds), path):
         for name, form in forms.items():
             times[name]['network'].append(seconds(form.network, np.float32(x)))
             times[name]['search'].append(seconds(form.search, *queries[name]))
             times[name]['evaluation'].append(seconds(form.evaluate, x))
     median = {name: {part: float(np.median(t)) for part, t in parts.items()} for name, parts in times.items()}
-    counts = doodle.operations(*(picture.shape[:0:-1] for picture in pair[:2]), ['4_2'], options.style_layers)
-    operations = {part: count / 1e9 for part, count in zip(('network', 'search'), counts)}
-    again = ['--weights', a.weights]
+    counted = doodle.parse_options(['--style=-', '--content=-'])
+    amounts = doodle.work(*(picture.shape[:0:-1] for picture in pair[:2]), counted)
+    operations = {'network': 2 * amounts['products'] / 1e9, 'search': 2 * amounts['scores'] / 1e9}
+    again = ['--weights', a.weights, f'--options={a.options}']
 
     print(f'{a.size[0]}x{a.size[1]}, {weights.kind}, {len(os.sched_getaffinity(0))} cores, '
           f'sgemm {sgemm():.0f} GFLOPS, medians of {a.rounds} rounds in turn\n')
@@ -224,11 +219,7 @@ def main():
     print('\nGFLOPS by the count of the direct forms: ' + '; '.join(
         f'{name} ' + ', '.join(f'{part} {operations[part] / m[part]:.0f}' for part in operations)
         for name, m in median.items()))
-    print('\nGrowth of the engine:\n\n| size | an evaluation | peak memory |\n|---|---|---|')
-    for factor in (0.5, 0.71, 1, 1.41):
-        size = [int(side * factor) for side in a.size]
-        one = alone('engine', size, again)
-        print(f"| {size[0]}x{size[1]} | {one['seconds']:.2f} s | {one['memory']:.2f} GB |")
+    grow([[int(side * factor) for side in a.size] for factor in (0.5, 0.71, 1, 1.41)], a)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,5 @@
-// CUDA on the CPU: an Nvidia driver, compiler and BLAS that are small enough for a test, and execute on the CPU the CUDA C
-// that Theano and libgpuarray generate. It is one library with the names libcuda, libnvrtc and libcublas; card.py makes
-// them. By hand:
+// CUDA on the CPU: an Nvidia driver, compiler and BLAS, small enough for a test, which execute the CUDA C that Theano
+// and libgpuarray generate. It is one library with the names libcuda, libnvrtc, libcublas (card.py makes it). By hand:
 //
 //   g++ -std=gnu++17 -O3 -shared -fPIC -U_FORTIFY_SOURCE -Wl,-soname,libcuda.so.1 -o libcuda.so.1 cuda_on_cpu.cpp -ldl
 //   for name in cuda nvrtc cublas; do ln -s libcuda.so.1 lib$name.so; done
@@ -8,10 +7,10 @@
 //
 // A kernel becomes C++, which g++ compiles. Its threads run one after the other: as fibers, from barrier to barrier,
 // where there are barriers. The card is a strict one:
-//   - a kernel that reads or writes outside a buffer, and a host that touches device memory, die by SIGSEGV, and one line
-//     says which; for a guard at each buffer Theano needs gpuarray.preallocate=-1, else it shares buffers
-//   - fresh memory is full of NaN
-//   - launches and BLAS calls out of range, barriers that some threads never reach, and code for a newer card are refused
+//   - a kernel that reads or writes outside a buffer, and a host that touches device memory, die by SIGSEGV; a line
+//     says which. For a guard at each buffer Theano needs gpuarray.preallocate=-1, else it shares buffers
+//   - fresh memory, and shared memory when a block begins, is full of NaN
+//   - refused are launches and BLAS calls out of range, barriers that some threads never reach, code for newer cards
 //   - threads and blocks run from the first to the last, or reversed: results that differ tell of a race
 // Not covered: that a real card goes on while the host does, the real cuBLAS, CUDA's rounding of exp, pow and the like,
 // and half precision.
@@ -21,10 +20,11 @@
 //   EMU_DRIVER   the version of CUDA that the driver is for, 12.4
 //   EMU_MEMORY   of a card, in bytes, 8e9
 //   EMU_DIR      a folder that keeps compiled kernels, as libraries, and their sources, as .cu files with all headers
-//   EMU_NVRTC    path of the real libnvrtc.so.12: it compiles each kernel as well, and what it makes, unchanged, is the code
-//                that Theano gets and keeps; what a kernel does is still what g++ made of it
-//   EMU_REVERSE  1: threads and blocks run from the last to the first, and guards lie close before a buffer, not behind it
+//   EMU_NVRTC    path of the real libnvrtc.so.12: it compiles each kernel as well, and what it makes, unchanged, is
+//                what Theano gets and keeps; what a kernel does is still what g++ made of it
+//   EMU_REVERSE  1: threads and blocks run from the last to the first, and guards lie close before buffers, not behind
 //   EMU_RUN      0: no BLAS, and no launch of more than one block; for the memory and the counts of large pictures
+//   EMU_HOLLOW   1: nothing is executed, so that g++ compiles no kernel, and all numbers are 0
 //   EMU_LOG      a file that gets a line for each call that matters
 //   EMU_COUNTS   a file that gets `emu_counts()` at the end
 //
@@ -61,7 +61,7 @@ enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVAL
        NOT_FOUND = 500, LAUNCH_FAILED = 719 };
 enum { NVRTC_INVALID_OPTION = 5, NVRTC_COMPILATION = 6, CUBLAS_INVALID_VALUE = 7 };
 
-// ---- switches --------------------------------------------------------------------------------------------------------
+// ---- switches -------------------------------------------------------------------------------------------------------
 
 static string setting(const char *name, const string &otherwise) {
     const char *value = getenv(name);
@@ -84,10 +84,10 @@ static const int DRIVER = versions(setting("EMU_DRIVER", "12.4")).at(0);
 static const size_t MEMORY = stod(setting("EMU_MEMORY", "8e9"));
 static const string FOLDER = setting("EMU_DIR", "/tmp/cuda-on-cpu-" + to_string(getuid()));
 static const string NVRTC = setting("EMU_NVRTC", "");
-static const bool EXECUTES = setting("EMU_RUN", "1") != "0";
+static const bool HOLLOW = setting("EMU_HOLLOW", "0") != "0", EXECUTES = !HOLLOW && setting("EMU_RUN", "1") != "0";
 static bool reversed = setting("EMU_REVERSE", "0") != "0";
 
-// ---- counts ----------------------------------------------------------------------------------------------------------
+// ---- counts ---------------------------------------------------------------------------------------------------------
 
 struct Count { long calls, bytes; };
 static std::map<string, Count> counts;
@@ -121,10 +121,11 @@ static Result refused(Result error, const string &what) {
     return error;
 }
 
-// ---- device memory ---------------------------------------------------------------------------------------------------
+// ---- device memory --------------------------------------------------------------------------------------------------
 
 // A buffer lies in pages of its own, close to the end of them, or reversed at the beginning; the pages before and after
-// them belong to nobody. `open` is what makes them accessible, while a kernel, a BLAS call or a copy uses them.
+// them belong to nobody. Its pages are closed until something touches them: then they are opened for the rest of the
+// kernel, BLAS call or copy that did, and if it was none of these, the process dies.
 static const size_t PAGE = 4096;
 struct Buffer {
     char *pages;
@@ -132,18 +133,48 @@ struct Buffer {
     void protect(int how) const { mprotect(pages, length, how); }
 };
 static std::map<Address, Buffer> buffers;
+static std::vector<const Buffer *> opened;
+static const char *at_work;                         // the kernel, BLAS call or copy, or nullptr
 
-struct Open {
-    Open() { for (auto &[address, buffer] : buffers) buffer.protect(PROT_READ | PROT_WRITE); }
-    ~Open() { for (auto &[address, buffer] : buffers) buffer.protect(PROT_NONE); }
+struct Work {
+    Work(const char *name) { at_work = name; }
+    ~Work() {
+        for (auto buffer : opened) buffer->protect(PROT_NONE);
+        opened.clear(), at_work = nullptr;
+    }
 };
+
+static void handle_fault(int number, siginfo_t *info, void *) {
+    Address at = (Address)info->si_addr;
+    const char *who = at_work ? at_work : "the host";
+    bool known = false;
+    for (auto &[address, buffer] : buffers) {
+        Address begin = (Address)buffer.pages, end = begin + buffer.length;
+        if (at_work && begin <= at && at < end) {
+            opened.push_back(&buffer);
+            return buffer.protect(PROT_READ | PROT_WRITE);
+        }
+        if (begin - PAGE <= at && at < end + PAGE)
+            known = fprintf(stderr, "The card stops: %s touches byte %ld of a buffer of %zu bytes\n", who,
+                            (long)(at - address), buffer.size);
+    }
+    if (!known) fprintf(stderr, "The card stops: %s touches what belongs to no buffer\n", who);
+    signal(number, SIG_DFL);                        // when this returns, the same is touched again
+}
+static void watch_faults() {
+    struct sigaction action = {};
+    action.sa_sigaction = handle_fault, action.sa_flags = SA_SIGINFO;
+    sigaction(SIGSEGV, &action, nullptr);
+}
 
 static Result allocate(Address *address, size_t size) {
     size_t length = (size + PAGE - 1) / PAGE * PAGE, aligned = (size + 7) / 8 * 8;
     if (!size) return INVALID_VALUE;
     if (used + length > MEMORY) return OUT_OF_MEMORY;
-    char *p = (char *)mmap(nullptr, length + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    static char *next = (char *)0x100000000000;     // far from the host's memory, and never used again
+    char *p = (char *)mmap(next, length + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) return OUT_OF_MEMORY;
+    next = p + length + 2 * PAGE;
     Buffer buffer = {p + PAGE, length, size};
     if (EXECUTES) {
         buffer.protect(PROT_READ | PROT_WRITE);
@@ -168,21 +199,21 @@ static Result release(Address address) {
 }
 
 static Result copy(const char *kind, Address to, Address from, size_t size) {
-    Open open;
+    Work work(kind);
     memmove((void *)to, (void *)from, size);
     count(kind, size);
     return SUCCESS;
 }
 
-// ---- execution -------------------------------------------------------------------------------------------------------
+// ---- execution ------------------------------------------------------------------------------------------------------
 
 struct Dim { unsigned x, y, z; };
 struct State { Dim thread, block, threads, blocks; void *shared; void (*barrier)(); };      // as in PRELUDE below
-struct Module { void *library; State *state; bool has_barriers; };
+struct Module { void *library; State *state; void (*forget)(); bool has_barriers; };         // forget shared memory
 struct Function { Module *module; void (*call)(void **); string name; };
 
 static const unsigned MOST_THREADS = 1024, MOST_SHARED = 49152;
-static const Function *running;                     // the kernel at work, if there is one
+static const Function *running;
 static void **arguments;
 
 // A thread of a block with barriers has its own stack. A thread that comes to a barrier goes back to `scheduler`, which
@@ -257,8 +288,8 @@ static Result launch(const Function *function, Dim blocks, Dim threads, unsigned
     uint64_t block_count = (uint64_t)blocks.x * blocks.y * blocks.z, n = (uint64_t)threads.x * threads.y * threads.z;
     if (!block_count || blocks.x > 0x7fffffff || blocks.y > 65535 || blocks.z > 65535 || !n || n > MOST_THREADS ||
         threads.z > 64 || shared > MOST_SHARED) return refused(INVALID_VALUE, text);
-    if (!EXECUTES && block_count > 1) return SUCCESS;
-    Open open;
+    if (HOLLOW || (!EXECUTES && block_count > 1)) return SUCCESS;
+    Work work(function->name.c_str());
     State *state = function->module->state;
     state->threads = threads, state->blocks = blocks, state->barrier = wait_at_barrier;
     running = function, arguments = parameters;
@@ -266,6 +297,7 @@ static Result launch(const Function *function, Dim blocks, Dim threads, unsigned
     for (uint64_t k = 0; k < block_count && sound; k++) {
         state->block = place(reversed ? block_count - 1 - k : k, blocks);
         if (shared) state->shared = shared_memory(shared);
+        function->module->forget();
         if (function->module->has_barriers)
             sound = run_with_barriers(n, state);
         else
@@ -274,32 +306,14 @@ static Result launch(const Function *function, Dim blocks, Dim threads, unsigned
                 function->call(parameters);
             }
     }
-    running = nullptr;
     return sound ? SUCCESS : refused(LAUNCH_FAILED, string(text) + ": some threads end before a barrier");
 }
 
-// Says what was touched that may not be; then the process dies of it, as it would have without this.
-static void tell_of_fault(int number, siginfo_t *info, void *) {
-    Address at = (Address)info->si_addr;
-    const char *who = running ? running->name.c_str() : "the host";
-    bool known = false;
-    for (auto &[address, buffer] : buffers)
-        if (at + PAGE >= (Address)buffer.pages && at < (Address)buffer.pages + buffer.length + PAGE)
-            known = fprintf(stderr, "The card stops: %s touches byte %ld of a buffer of %zu bytes\n", who,
-                            (long)(at - address), buffer.size);
-    if (!known) fprintf(stderr, "The card stops: %s touches what belongs to no buffer\n", who);
-    signal(number, SIG_DFL);
-}
-static void watch_faults() {
-    struct sigaction action = {};
-    action.sa_sigaction = tell_of_fault, action.sa_flags = SA_SIGINFO;
-    sigaction(SIGSEGV, &action, nullptr);
-}
-
-// ---- compilation -----------------------------------------------------------------------------------------------------
+// ---- compilation ----------------------------------------------------------------------------------------------------
 
 // What stands before a kernel: the part of CUDA C that kernels use. All threads of all blocks run in one thread of the
-// host, so that an atomic function is an ordinary one, and shared memory is static.
+// host, so that an atomic function is an ordinary one, and shared memory is static, in a section of its own whose ends
+// the linker names. The function `emu_barrier` is in the library only if a kernel has a barrier.
 static const char *PRELUDE = R"(
 #include <math.h>
 #include <stddef.h>
@@ -307,18 +321,23 @@ static const char *PRELUDE = R"(
 #include <string.h>
 struct emu_dim { unsigned x, y, z; };
 struct emu_state { emu_dim thread, block, threads, blocks; void *shared; void (*barrier)(); };
-extern "C" { emu_state emu; }
+extern "C" {
+    emu_state emu;
+    extern char __start_emu_shared[] __attribute__((weak)), __stop_emu_shared[] __attribute__((weak));
+    void emu_forget() { memset(__start_emu_shared, 0xff, __stop_emu_shared - __start_emu_shared); }
+    __attribute__((noinline)) inline void emu_barrier() { emu.barrier(); }
+}
 #define threadIdx emu.thread
 #define blockIdx emu.block
 #define blockDim emu.threads
 #define gridDim emu.blocks
 #define warpSize 32
-#define __syncthreads() emu.barrier()
+#define __syncthreads() emu_barrier()
 
 #define __global__
 #define __device__ __attribute__((unused))
 #define __host__
-#define __shared__ static
+#define __shared__ static __attribute__((section("emu_shared")))
 #define __constant__ static const
 #define __forceinline__ inline
 #define __restrict__
@@ -370,7 +389,7 @@ static string replaced(const string &text, const string &pattern, const string &
     return std::regex_replace(text, std::regex(pattern), by);
 }
 
-// The C++ of a program, with a function emu_call_NAME for each kernel that takes its arguments as cuLaunchKernel has them.
+// The C++ of a program, with a function emu_call_NAME for each kernel that takes arguments as cuLaunchKernel has them.
 static string as_cpp(const string &source) {
     std::ostringstream text;
     text << PRELUDE << replaced(source, "extern\\s+__shared__\\s+(\\w+)\\s+(\\w+)\\[\\]", "$1 *$2 = ($1 *)emu.shared")
@@ -380,7 +399,6 @@ static string as_cpp(const string &source) {
         string name = (*found)[1];
         text << "void emu_call_" << name << "(void **p) { emu_apply(" << name << ", p); }\n";
     }
-    if (std::regex_search(source, std::regex("local_barrier|__syncthreads"))) text << "int emu_has_barriers;\n";
     text << "}\n";
     return text.str();
 }
@@ -430,12 +448,12 @@ static Result compile_program(Program *program, int n, const char **options) {
     if (!NVRTC.empty()) {
         if (Result error = compile_by_nvrtc(program, n, options)) return error;
     } else if (std::regex_match(arch, std::regex("compute_(50|52|53|60|61|62|70|72|75|80|86|87|89|90)"))) {
-        program->ptx = "// of cuda_on_cpu.cpp, for no other card: " + name + "\n.target " + replaced(arch, "compute", "sm");
+        program->ptx = "// for cuda_on_cpu.cpp alone: " + name + "\n.target " + replaced(arch, "compute", "sm");
     } else {
         program->log = "nvrtc: error: invalid value for --gpu-architecture (-arch)\n";
         return NVRTC_INVALID_OPTION;
     }
-    if (!compile(program, base + ".so")) return NVRTC_COMPILATION;
+    if (!HOLLOW && !compile(program, base + ".so")) return NVRTC_COMPILATION;
     if (symlink((name + ".so").c_str(), (FOLDER + "/" + hash(program->ptx) + ".ptx").c_str()) && errno != EEXIST)
         return NVRTC_COMPILATION;
     count("compile", 0, name + " for " + arch);
@@ -446,22 +464,24 @@ static Result load(Module **module, const string &ptx, int card) {
     std::smatch target;
     std::regex_search(ptx, target, std::regex("\\.target sm_(\\d+)"));
     if (target.empty() || stoi(target[1]) > card) return refused(INVALID_PTX, "code that is not for this card");
+    if (HOLLOW) return *module = new Module{}, SUCCESS;
     void *library = dlopen((FOLDER + "/" + hash(ptx) + ".ptx").c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library) return refused(INVALID_PTX, dlerror());
-    *module = new Module{library, (State *)dlsym(library, "emu"), dlsym(library, "emu_has_barriers") != nullptr};
+    *module = new Module{library, (State *)dlsym(library, "emu"), (void (*)())dlsym(library, "emu_forget"),
+                         dlsym(library, "emu_barrier") != nullptr};
     return SUCCESS;
 }
 
-// ---- BLAS: matrices by columns ---------------------------------------------------------------------------------------
+// ---- BLAS: matrices by columns --------------------------------------------------------------------------------------
 
 template <class T>
-static Result gemm(bool ta, bool tb, int m, int n, int k, T alpha, const T *A, int lda, const T *B, int ldb, T beta, T *C,
-                   int ldc) {
-    if (m < 0 || n < 0 || k < 0 || lda < std::max(1, ta ? k : m) || ldb < std::max(1, tb ? n : k) || ldc < std::max(1, m))
-        return refused(CUBLAS_INVALID_VALUE, "gemm");
+static Result gemm(bool ta, bool tb, int m, int n, int k, T alpha, const T *A, int lda, const T *B, int ldb, T beta,
+                   T *C, int ldc) {
+    if (m < 0 || n < 0 || k < 0 || lda < std::max(1, ta ? k : m) || ldb < std::max(1, tb ? n : k) ||
+        ldc < std::max(1, m)) return refused(CUBLAS_INVALID_VALUE, "gemm");
     count("blas", 0, "gemm " + to_string(m) + "x" + to_string(n) + "x" + to_string(k));
     if (!EXECUTES) return SUCCESS;
-    Open open;
+    Work work("gemm");
     std::vector<T> turned;
     if (ta) {                                       // then columns of A are neighbours
         turned.resize((size_t)m * k);
@@ -485,11 +505,12 @@ static Result gemm(bool ta, bool tb, int m, int n, int k, T alpha, const T *A, i
 template <class T> static T *first(T *x, int n, int step) { return step < 0 ? x - (ptrdiff_t)(n - 1) * step : x; }
 
 template <class T>
-static Result gemv(bool turned, int m, int n, T alpha, const T *A, int lda, const T *x, int incx, T beta, T *y, int incy) {
+static Result gemv(bool turned, int m, int n, T alpha, const T *A, int lda, const T *x, int incx, T beta, T *y,
+                   int incy) {
     if (m < 0 || n < 0 || lda < std::max(1, m) || !incx || !incy) return refused(CUBLAS_INVALID_VALUE, "gemv");
     count("blas", 0, "gemv " + to_string(m) + "x" + to_string(n));
     if (!EXECUTES) return SUCCESS;
-    Open open;
+    Work work("gemv");
     int rows = turned ? n : m, columns = turned ? m : n;
     x = first(x, columns, incx), y = first(y, rows, incy);
     for (int i = 0; i < rows; i++) {
@@ -507,7 +528,7 @@ static Result ger(int m, int n, T alpha, const T *x, int incx, const T *y, int i
     if (m < 0 || n < 0 || lda < std::max(1, m) || !incx || !incy) return refused(CUBLAS_INVALID_VALUE, "ger");
     count("blas", 0, "ger " + to_string(m) + "x" + to_string(n));
     if (!EXECUTES) return SUCCESS;
-    Open open;
+    Work work("ger");
     x = first(x, m, incx), y = first(y, n, incy);
     for (int j = 0; j < n; j++)
         for (int i = 0; i < m; i++) A[i + (size_t)j * lda] += alpha * x[(ptrdiff_t)i * incx] * y[(ptrdiff_t)j * incy];
@@ -517,7 +538,7 @@ static Result ger(int m, int n, T alpha, const T *x, int incx, const T *y, int i
 template <class T> static Result dot(int n, const T *x, int incx, const T *y, int incy, T *result) {
     count("blas", 0, "dot " + to_string(n));
     if (!EXECUTES) return SUCCESS;
-    Open open;
+    Work work("dot");
     x = first(x, n, incx), y = first(y, n, incy);
     double sum = 0;
     for (int i = 0; i < n; i++) sum += (double)x[(ptrdiff_t)i * incx] * y[(ptrdiff_t)i * incy];
@@ -525,7 +546,7 @@ template <class T> static Result dot(int n, const T *x, int incx, const T *y, in
     return SUCCESS;
 }
 
-// ---- the functions of libcuda ----------------------------------------------------------------------------------------
+// ---- the functions of libcuda ---------------------------------------------------------------------------------------
 
 static std::vector<long> contexts;                  // a stack of contexts, each the number of a card + 1
 
@@ -603,14 +624,16 @@ Result cuLinkAddData(string *link, int kind, void *data, size_t size, const char
     return cuLinkAddData_v2(link, kind, data, size, name, n, options, values);
 }
 
-Result cuModuleLoadData(Module **module, const char *image) { return load(module, image, CARDS.at(contexts.back() - 1)); }
+Result cuModuleLoadData(Module **module, const char *image) {
+    return load(module, image, CARDS.at(contexts.back() - 1));
+}
 Result cuModuleLoadDataEx(Module **module, const char *image, unsigned, int *, void **) {
     return cuModuleLoadData(module, image);
 }
 Result cuModuleUnload(Module *) { return SUCCESS; } // another module may be the same library
 Result cuModuleGetFunction(Function **function, Module *module, const char *name) {
-    void *call = dlsym(module->library, (string("emu_call_") + name).c_str());
-    if (!call) return NOT_FOUND;
+    void *call = HOLLOW ? nullptr : dlsym(module->library, (string("emu_call_") + name).c_str());
+    if (!call && !HOLLOW) return NOT_FOUND;
     *function = new Function{module, (void (*)(void **))call, name};
     return SUCCESS;
 }
@@ -632,12 +655,14 @@ Result cuMemcpyHtoD_v2(Address to, const void *from, size_t size) { return copy(
 Result cuMemcpyDtoHAsync_v2(void *to, Address from, size_t size, void *) {
     return copy("from card", (Address)to, from, size);
 }
-Result cuMemcpyDtoDAsync_v2(Address to, Address from, size_t size, void *) { return copy("within card", to, from, size); }
+Result cuMemcpyDtoDAsync_v2(Address to, Address from, size_t size, void *) {
+    return copy("within card", to, from, size);
+}
 Result cuMemcpyPeerAsync(Address to, void *, Address from, void *, size_t size, void *) {
     return copy("within card", to, from, size);
 }
 Result cuMemsetD8Async(Address to, unsigned char value, size_t size, void *) {
-    Open open;
+    Work work("fill");
     memset((void *)to, value, size);
     count("fill", size);
     return SUCCESS;
@@ -657,7 +682,7 @@ Result cuIpcGetMemHandle(void *, Address) { return INVALID_VALUE; }
 Result cuIpcOpenMemHandle(Address *, ...) { return INVALID_VALUE; }
 Result cuIpcCloseMemHandle(Address) { return INVALID_VALUE; }
 
-// ---- the functions of libnvrtc ---------------------------------------------------------------------------------------
+// ---- the functions of libnvrtc --------------------------------------------------------------------------------------
 
 const char *nvrtcGetErrorString(Result error) { return error ? "NVRTC_ERROR" : "NVRTC_SUCCESS"; }
 Result nvrtcVersion(int *major, int *minor) { *major = 12, *minor = 4; return SUCCESS; }
@@ -673,13 +698,15 @@ Result nvrtcCreateProgram(Program **program, const char *source, const char *, i
     return SUCCESS;
 }
 Result nvrtcDestroyProgram(Program **program) { delete *program; return SUCCESS; }
-Result nvrtcCompileProgram(Program *program, int n, const char **options) { return compile_program(program, n, options); }
+Result nvrtcCompileProgram(Program *program, int n, const char **options) {
+    return compile_program(program, n, options);
+}
 Result nvrtcGetProgramLogSize(Program *program, size_t *size) { *size = program->log.size() + 1; return SUCCESS; }
 Result nvrtcGetProgramLog(Program *program, char *log) { strcpy(log, program->log.c_str()); return SUCCESS; }
 Result nvrtcGetPTXSize(Program *program, size_t *size) { *size = program->ptx.size() + 1; return SUCCESS; }
 Result nvrtcGetPTX(Program *program, char *ptx) { strcpy(ptx, program->ptx.c_str()); return SUCCESS; }
 
-// ---- the functions of libcublas --------------------------------------------------------------------------------------
+// ---- the functions of libcublas -------------------------------------------------------------------------------------
 
 Result cublasCreate_v2(void **handle) { *handle = (void *)1; return SUCCESS; }
 Result cublasDestroy_v2(void *) { return SUCCESS; }

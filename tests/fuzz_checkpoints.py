@@ -59,7 +59,7 @@ def made(folder):
     doodle.lbfgsb = __import__('scipy.optimize', fromlist=['_lbfgsb'])._lbfgsb
     options = doodle.parse_options(['--style=-', '--phases=2', '--iterations=40', f'--frames={folder}', '--cache=1'])
     picture = np.zeros((2 * HEIGHT, 2 * WIDTH, 3), np.uint8)
-    inputs = doodle.Inputs(picture, None, picture, None, None, (2 * WIDTH, 2 * HEIGHT), None)
+    inputs = doodle.Inputs(picture, None, picture, None, None, (2 * WIDTH, 2 * HEIGHT), None, None)
     header = doodle.provenance(inputs, doodle.Weights('vgg16', {}, 'a file', 'its checksum'), options)
     header['random_seed'] = 3
     for number in (1, 2, 4, 9, 25, 40):
@@ -68,7 +68,8 @@ def made(folder):
             minimiser.tell(*loss(minimiser.ask()))
         matches = {'matches 3_1': np.arange(9), 'history 3_1': np.zeros(7, np.float32), 'fresh': np.array(False)}
         path = os.path.join(folder, str(number))
-        doodle.write_checkpoint(path, doodle.Checkpoint(header, 0, number, number, 9., folder, minimiser, matches))
+        doodle.write_checkpoint(path, doodle.Checkpoint(header, 0, number, number, 9., folder, minimiser, matches,
+                                                        {minimiser.restart() or '': [1, 9.]}))
         yield header, path, go_on(minimiser)
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 FACES = ['--style=face_style.png', '--content=face_content.png', '--network=vgg16', '--variety=0.1', '--output=o.png',
-         '--log=log', '--random-seed=5', '--resume']
+         '--log=log', '--random-seed=5', '--stop-when-converged=0', '--resume']
 
 
 def start(folder, arguments):

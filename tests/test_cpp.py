@@ -51,6 +51,9 @@ PyObject *matched(Argument u, Argument v, Argument a, Argument b) {
 PyObject *varied(Argument u, Argument v, Argument a, Argument b, Argument penalty) {
     return called([&](Argument *j, Argument *history) { matching(u, v, a, b, penalty, j, history); });
 }
+PyObject *nearly(Argument u, Argument v, Argument b, Argument guess, Argument draws) {
+    return called([&](Argument *j, Argument *) { near_matching(u, v, b, b, guess, draws, j); });
+}
 }
 '''
 FLAGS = '-std=c++11 -O1 -g -shared -fPIC -fopenmp -Wall -Wextra -Werror -fsanitize=address,undefined ' \
@@ -69,7 +72,7 @@ def shared_object(name):
 @pytest.mark.parametrize('processor', mostly_slow(PROCESSORS))
 def test_the_code_has_no_warnings_stays_within_its_memory_and_is_right(doodle, tmp_path, processor):
     source, library = tmp_path / 'engine.cpp', tmp_path / 'engine.so'
-    code = doodle.COMMON + doodle.CONVOLUTION + doodle.MATCHING
+    code = doodle.COMMON + doodle.CONVOLUTION + doodle.MATCHING + doodle.NEAR_MATCHING
     for line, fresh in FRESH.items():
         assert code.count(line) == 1
         code = code.replace(line, fresh)
@@ -125,6 +128,19 @@ def check_matching(library, rng, image, style, D, scaled, history):
         np.testing.assert_allclose(new[0], S.max(axis=1), atol=1e-4)
 
 
+def check_near_matching(library, rng, image, style, D, scaled):
+    """A near search, which makes no match worse, and with enough sweeps finds the best."""
+    u, v = (rng.normal(size=(*size, D)).astype(np.float32) for size in (image, style))
+    p, q = (sliding_window_view(np.float64(k), (3, 3), (0, 1)).reshape(-1, 9 * D) for k in (u, v))
+    b = rng.random(len(q) * scaled, np.float32)
+    b[::3] *= len(b) == 1
+    S, i, guess = q @ p.T * (b[:, None] if scaled else 1), np.arange(len(p)), rng.integers(0, len(q), len(p))
+    if scaled:
+        S[b == 0] = -np.inf
+    found = {sweeps: library.nearly(u, v, b, guess, np.array([sweeps, 5]))[0] for sweeps in (1, 60)}
+    assert (S[found[1], i] - S[guess, i]).min() > -1e-4 and (S.max(axis=0) - S[found[60], i]).max() < 1e-4
+
+
 def check_refusals(library):
     """What does not fit raises ValueError, and nothing of it is read."""
     def ones(*shape):
@@ -135,7 +151,10 @@ def check_refusals(library):
             (library.matched, (ones(2, 5, 3), ones(5, 5, 3), ones(0), ones(0))),
             (library.matched, (ones(5, 5, 3), ones(5, 5, 4), ones(0), ones(0))),
             (library.matched, (ones(5, 5, 3), ones(5, 5, 3), ones(8), ones(9))),
-            (library.varied, (ones(5, 5, 3), ones(5, 5, 3), ones(0), ones(0), ones(8)))):
+            (library.varied, (ones(5, 5, 3), ones(5, 5, 3), ones(0), ones(0), ones(8))),
+            (library.nearly, (ones(5, 5, 3), ones(5, 5, 4), ones(0), np.zeros(9, int), np.array([1, 0]))),
+            (library.nearly, (ones(5, 5, 3), ones(5, 5, 3), ones(0), np.zeros(8, int), np.array([1, 0]))),
+            (library.nearly, (ones(5, 5, 3), ones(5, 5, 3), ones(0), np.full(9, 9), np.array([1, 0])))):
         try:
             function(*arguments)
         except ValueError:
@@ -147,7 +166,7 @@ def main(path):
     import doodle
     doodle.import_pillow()
     library = ctypes.PyDLL(path)
-    for name, arguments in dict(begin=0, convolved=3, gradient=4, matched=4, varied=5).items():
+    for name, arguments in dict(begin=0, convolved=3, gradient=4, matched=4, varied=5, nearly=5).items():
         function = getattr(library, name)
         function.restype, function.argtypes = ctypes.py_object, [ctypes.py_object] * arguments
         if name in ('convolved', 'gradient'):
@@ -164,6 +183,7 @@ def main(path):
             for scaled in (False, True):
                 for history in (False, True):
                     check_matching(library, rng, image, style, D, scaled, history)
+                check_near_matching(library, rng, image, style, D, scaled)
     print('right')
 
 

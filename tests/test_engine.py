@@ -145,7 +145,18 @@ def test_a_whole_run_is_that_of_the_plain_formulas(doodle, tmp_path, evaluations
 
 @pytest.mark.slow
 def test_the_benchmark_measures_and_compares():
-    command = [sys.executable, ROOT / 'tests/benchmark.py', '--rounds=1', '--size=64x48', '--skip=torch']
+    command = [sys.executable, ROOT / 'tests/benchmark.py', '--rounds=2', '--size=64x48', '--skip=torch', '--after=3']
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for row in ('| engine |', '| engine / plain |', '| plain |', '| 32x24 |', 'GFLOPS by the count'):
         assert printed.count(row) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('arguments, rows', [
+    (['--growth=64x48,80x60', '--options=--matching=near'], ['| 64x48 | ', '| 80x60 | ']),
+    (['--size=64x48', '--whole', '--options=--phases=2 --iterations=3'], [
+        'Phase #0: 32x24, 3 evaluations of about', 'Phase #1: 3 entries of', ' minutes in all'])])
+def test_the_benchmark_measures_growth_and_whole_runs(arguments, rows):
+    printed = subprocess.run([sys.executable, ROOT / 'tests/benchmark.py', *arguments], capture_output=True, text=True,
+                             check=True).stdout
+    assert [row for row in rows if printed.count(row) != 1] == []

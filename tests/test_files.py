@@ -323,7 +323,7 @@ def test_the_log_has_every_evaluation(request, run_of):
 
 def test_frames_count_across_phases(texture):
     frames = texture.folder / 'frames'
-    assert sorted(os.listdir(frames)) == ['0000.png', '0002.png', '0004.png', 'command.txt']
+    assert sorted(os.listdir(frames)) == ['0000.png', '0002.png', '0004.png', 'command.txt', 'watch.html', 'watch.js']
     assert [read(frames / f'000{k}.png').shape[:2] for k in (0, 2, 4)] == [(26, 30), (26, 30), (52, 60)]
     assert '--random-seed=7' in (frames / 'command.txt').read_text()
 

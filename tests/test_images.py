@@ -161,7 +161,7 @@ def test_pictures_of_any_mode_mean_their_colours_on_white(any_mode):  # fault 3
     read = doodle.read_picture(path)
     assert read.pixels.dtype == np.uint8
     assert read.pixels.tolist() == (colours if alpha is None else on_white(colours, alpha)).tolist()
-    assert (read.alpha is None) == (alpha is None) and (alpha is None or (read.alpha == alpha).all())
+    assert (read.alpha is None) == (alpha is None) and (alpha is None or (read.alpha[:, :, 0] == alpha).all())
     told = [f'{100 * np.mean(alpha < 255):.3g}% of `{path}` is transparent: it is laid on white.' for alpha in (
         [] if alpha is None else [alpha])]
     assert [line for line in read.remarks if 'transparent' in line] == told
@@ -186,7 +186,7 @@ def test_maps_of_any_mode_mean_their_colours_without_alpha(any_mode):  # fault 3
 def test_the_transparent_colour_of_a_png_is_known_at_any_depth(tmp_path, monkeypatch, bits, kind, values, key, alpha):
     monkeypatch.chdir(tmp_path)
     content = png(np.array(values), bits, kind, struct.pack(f'>{len(key)}H', *key))
-    assert doodle.read_picture(stored(content)).alpha.tolist() == alpha
+    assert doodle.read_picture(stored(content)).alpha[:, :, 0].tolist() == alpha
 
 
 def test_16_bits_a_colour_are_scaled_within_a_step(tmp_path):  # fault 3
@@ -583,6 +583,27 @@ def test_max_size_shrinks_pictures_and_maps_alike(pictures):
     assert doodled.size == (28, 32)
 
 
+@pytest.mark.parametrize('scale, longest, size', [
+    ('2', None, (216, 248)), ('0.5', None, (54, 62)), ('1.5', 62, (81, 93))])
+def test_the_style_at_its_own_scale_after_max_size(pictures, scale, longest, size):
+    """Its map follows, since a map is fitted to the picture; the content stays."""
+    arguments = [f'--style-scale={scale}'] + [f'--max-size={longest}'] * bool(longest)
+    read, remarks = doodle.read_inputs(doodle.parse_options(
+        ['--style=face_style.png', '--content=face_content.png', '--phases=1', *arguments]))
+    picture = Image.open('face_style.png').convert('RGB')
+    assert (read.style == np.asarray(picture.resize(size[::-1], Image.LANCZOS))).all()
+    assert max(read.content.shape) == (longest or 112) and read.style_map.shape[:2] == size
+    assert f'The style picture is taken at {scale} times its size, {size[1]}x{size[0]}.' in remarks
+
+
+@pytest.mark.parametrize('limit, told', [(20_000_000, "--style-scale=10 makes 1240x1080 pixels of 'face_style.png'"),
+                                         (200_000_000, 'in the style of 1240x1080 need about 1.2 GB of memory')])
+def test_a_style_scale_that_no_memory_holds_is_refused(refused, pictures, monkeypatch, limit, told):
+    monkeypatch.setattr(doodle, 'memory_limit', lambda: limit)
+    problem, fix = refused('--style=face_style.png', '--content=face_content.png', '--style-scale=10', '--phases=1')
+    assert told in problem and 'a smaller --style-scale' in fix
+
+
 # ---- maps ------------------------------------------------------------------------------------------------------------
 
 def channels_of(maps):
@@ -954,3 +975,53 @@ def test_the_result_is_clipped_cut_and_enlarged_as_by_the_original():
     assert enlarged[0].tolist() == [[174, 83, 0], [177, 85, 0], [181, 89, 0], [184, 93, 2], [188, 98, 6], [191, 100, 9]]
     assert enlarged[6].tolist() == [[246, 155, 64], [249, 157, 67], [253, 162, 71], [255, 166, 74], [255, 170, 78],
                                     [255, 172, 81]]
+
+
+# ---- colours and transparency of the content -------------------------------------------------------------------------
+
+YIQ = np.array([[.299, .587, .114], [.5959, -.2746, -.3213], [.2115, -.5227, .3112]])
+
+
+def test_kept_colours_are_the_contents_i_and_q_under_the_results_y():
+    rng = np.random.default_rng(0)
+    rgb, content = rng.integers(90, 166, (2, 7, 5, 3)).astype(np.uint8)                 # nothing is clipped
+    result = doodle.recolored(rgb, content)
+    expected = np.concatenate([rgb @ YIQ[:1].T, content @ YIQ[1:].T], axis=2) @ np.linalg.inv(YIQ).T
+    assert result.dtype == np.uint8 and np.abs(result - expected).max() < .6
+
+
+def test_kept_colours_are_clipped_and_need_no_change_where_there_is_none():
+    content = np.uint8([[(255, 0, 0), (0, 0, 255), (12, 200, 77)]])
+    assert (doodle.recolored(content, content) == content).all()
+    white = doodle.recolored(np.full((1, 3, 3), 255, np.uint8), content)
+    assert white[0].tolist() == [[255, 179, 179], [226, 226, 255], [137, 255, 202]]
+
+
+def test_colours_without_a_content_are_refused(refused, pictures):
+    assert refused('--style=face_style.png', '--keep-colors') == (
+        '--keep-colors needs a content picture, whose colours are kept.', 'add --content.')
+
+
+# ---- HEIC ------------------------------------------------------------------------------------------------------------
+
+def test_heic_is_read_upright_with_its_colours_and_alpha(tmp_path, monkeypatch):
+    """COLOURS and an alpha, where pillow-heif is installed, as it is with the tests' requirements."""
+    monkeypatch.chdir(tmp_path)
+    pixels = np.kron(COLOURS, np.ones((32, 32, 1), np.uint8))
+    seen = np.kron(np.uint8([[255, 255, 255], [255, 255, 0]]), np.ones((32, 32), np.uint8))
+    upright = Image.Exif()
+    upright[274] = 8                                                    # a quarter turn to the left
+    Image.fromarray(np.dstack([pixels, seen])).save('a.heic', quality=-1, exif=upright.tobytes())
+    read = doodle.read_picture('a.heic')
+    assert read.pixels.shape == (96, 64, 3) and (read.alpha[:, :, 0] == np.rot90(seen)).all()
+    expected = np.where(seen[:, :, None] == 255, pixels, 255)
+    assert np.abs(read.pixels - np.rot90(expected).astype(int)).max() <= 3
+
+
+def test_heic_names_what_reads_it(tmp_path, monkeypatch, refused):
+    Image.new('RGB', (64, 64)).save('a.heic')
+    monkeypatch.delitem(Image.OPEN, 'HEIF')
+    monkeypatch.setitem(sys.modules, 'pillow_heif', None)
+    problem, fix = refused('--style=a.heic')
+    assert problem == "'a.heic' is a HEIC picture, and the package that reads these, pillow-heif, is missing."
+    assert fix == 'save it as JPEG, or pip install pillow-heif.'

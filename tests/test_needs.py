@@ -1,5 +1,6 @@
 """What a run will need, as `--check` says: time by the count of operations, memory as measured."""
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -8,34 +9,41 @@ import pytest
 from conftest import ROOT, mostly_slow
 
 sys.path.insert(0, str(ROOT / 'samples'))
-SQUARE = 2 * 2048 ** 3                                                  # operations of the product that `plan` times
 
 
 @pytest.fixture
 def planned(doodle, monkeypatch):
-    """plan()'s lines for pictures of these sizes, on a machine that takes 100 s for its product."""
+    """plan()'s lines for pictures of these sizes, on two cores that make 1e9 multiply-adds a second."""
+    monkeypatch.setattr(doodle, 'product_rate', lambda: 1e9)
+    monkeypatch.setattr(doodle, 'allowed_cores', lambda: 2)
+
     def planned(size, style_size, *arguments):
-        ticks = iter((7., 107.))
-        monkeypatch.setattr(doodle.time, 'perf_counter', lambda: next(ticks))
         content, style = (np.zeros((*s[::-1], 3), np.uint8) for s in (size, style_size))
-        inputs = doodle.Inputs(content, None, style, None, None, size, None)
-        return doodle.plan(inputs, doodle.parse_options(['--style=-', *arguments]))
+        inputs = doodle.Inputs(content, None, style, None, None, size, None, None)
+        return doodle.plan(inputs, doodle.parse_options(['--style=-', '--content=-', *arguments]))
     return planned
 
 
 LAYER = ['--style-layers=1_1', '--content-layers=1_1', '--phases=1']
 
 
-@pytest.mark.parametrize('arguments, copies, searches', [
-    ([], 1, 60), (['--cache=1'], 1, 1), (['--rotations=1', '--scales=1'], 9, 60), (['--style-weight=0'], 0, 60),
-    (['--method=gatys', '--style-layers=1_1'], 0, 60)])
-def test_time_is_that_of_the_network_and_twice_that_of_matching(planned, arguments, copies, searches):
-    """By operations of the direct forms: there and back through conv1_1, and every pixel with every style pixel."""
+@pytest.mark.parametrize('arguments, expected', [
+    ([], {'scores': 64 * 4800 * 2000, 'features': 64 * 4800}),
+    (['--variety=1'], {'raw scores': 64 * 4800 * 2000, 'features': 64 * 4800}),
+    (['--cache=1'], {'scores': 64 * 4800 * 2000 / 60, 'features': 64 * 4800}),
+    (['--method=li-wand', '--rotations=0', '--scales=1'],               # of 50x40, 47x38 and 52x42 pixels
+     {'raw scores': 64 * 4800 * 52 * 120, 'features': 64 * 4800}),
+    (['--style-weight=0'], {}),
+    (['--method=gatys', '--style-layers=1_1'], {'gram': 64 ** 2 * 4800, 'features': 64 * 4800})])
+def test_time_is_that_of_the_work(doodle, planned, arguments, expected):
     phase, total = planned((80, 60), (50, 40), *LAYER, '--iterations=60', *arguments)
-    network, matching = 2 * 2 * 9 * 3 * 64 * 80 * 60, 2 * 64 * 80 * 60 * 50 * 40
-    seconds = 100 * (60 * network + 2 * copies * searches * matching) / SQUARE
-    assert float(re.search(r'60 evaluations of about ([\d,.]+) s', phase)[1]) == pytest.approx(seconds / 60, abs=.006)
-    assert f'about {seconds / 60:.0f} minutes' in total and (seconds > 600 or not copies or searches == 1)
+    expected |= {'products': 2 * 9 * 3 * 64 * 4800, 'transforms': 2 * 67 * 4800, 'pixels': 4800}
+    assert {name: amount for name, amount in doodle.work((80, 60), (50, 40), doodle.parse_options(
+        ['--style=-', '--content=-', *LAYER, '--iterations=60', *arguments])).items() if amount} == expected
+    seconds = sum(doodle.COSTS[name] * amount * (2 if name in ('features', 'pixels') else 1)
+                  for name, amount in expected.items()) / 1e9
+    assert float(re.search(r'60 evaluations of about ([\d,.]+) s', phase)[1]) == pytest.approx(seconds, abs=.006)
+    assert float(re.search(r'about (\d+) minutes', total)[1]) == pytest.approx((7 + 60 * seconds) / 60, abs=.6)
 
 
 def test_time_is_the_sum_of_the_phases(planned):
@@ -44,7 +52,42 @@ def test_time_is_the_sum_of_the_phases(planned):
     seconds = [float(re.search(r'about ([\d,.]+) s', line)[1].replace(',', '')) for line in phases]
     assert sizes == [('80', '60'), ('160', '120'), ('320', '240')]
     assert seconds[2] > 4 * seconds[1] > 16 * seconds[0] > 0            # the network's grow by 4, matching's by 16
-    assert f'about {10 * sum(seconds) / 60:.0f} minutes' in total
+    minutes = float(re.search(r'about (\d+) minutes', total)[1])
+    assert 10 * sum(seconds) - 30 < 60 * minutes < 11 * sum(seconds) + 37                   # minutes are rounded
+
+
+@pytest.mark.parametrize('arguments, told', [
+    (['--iterations=1000'], True), (['--iterations=1'], False), (['--iterations=1000', '--matching=near'], False),
+    (['--iterations=1000', '--variety=1'], False), (['--iterations=1000', '--method=gatys'], False),
+    (['--iterations=1000', '--phases=1'], False)])
+def test_nothing_is_refused_for_its_time_but_a_long_exact_search_is_told(planned, arguments, told):
+    *_, last = planned((2048, 2048), (2048, 2048), *arguments)
+    found = re.fullmatch(r'With exact matching this takes about ([\d.]+) hours on this CPU, with --matching=near about '
+                         r'([\d.]+) hours\.', last)
+    assert bool(found) is told
+    if told:
+        exact, near = map(float, found.groups())
+        faster = planned((2048, 2048), (2048, 2048), *arguments, '--matching=near')[-1]
+        assert exact > 8 * near and f'about {near} hours' in faster
+
+
+@pytest.mark.parametrize('device, arguments, said', [
+    ('cuda0', ['--matching=near'], ['On a GPU all matches are exact: --matching=near is for the CPU.']),
+    ('cuda0', [], []), ('cpu', ['--matching=near'], []), ('cpu', [], ['With exact matching'])])
+def test_a_run_says_at_its_start_how_long_exact_matching_takes(doodle, planned, device, arguments, said):
+    inputs = doodle.Inputs(None, None, np.zeros((2048, 2048, 3), np.uint8), None, None, (2048, 2048), None, None)
+    options = doodle.parse_options(['--style=-', '--iterations=1000', *arguments])
+    lines = doodle.matching_remarks(inputs, options, device)
+    assert len(lines) == len(said) and all(line.startswith(start) for line, start in zip(lines, said))
+
+
+@pytest.mark.slow
+def test_costs_can_be_measured():
+    printed = subprocess.run([sys.executable, ROOT / 'samples/measure_time.py', '1'], capture_output=True, text=True,
+                             check=True).stdout
+    assert len(re.findall(r'^ +[\d.]+ s +[\d.]+ s +[\d.]+ s \([-+]\d+%\) +\d+ \d+$', printed, re.MULTILINE)) == 3
+    costs = dict(re.findall(r"'([a-z ]+)': ([-\d.e+]+)", printed[printed.index('Fitted'):]))
+    assert float(costs['scores']) > 0 and float(costs['pixels']) > 0
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

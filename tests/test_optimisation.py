@@ -1,9 +1,14 @@
 """L-BFGS-B and the way through the phases, on losses that need no network."""
 import contextlib
+import json
+import os
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import optimize
 
 from conftest import NoNetwork, first_quick, minimised
@@ -141,6 +146,7 @@ class Objective(NoNetwork):
         if len(self.asked) == self.fails_at:
             raise KeyboardInterrupt(2)
         self.asked.append(x.copy())
+        self.fresh = False
         difference = x - 200 * np.cos(np.arange(x.size)).reshape(x.shape)
         total, gradient = (self.pull * difference ** 2).sum(), 2 * self.pull * difference
         return self.doodle.Evaluation(total, {}, {}, 0., gradient, 0., 0.)
@@ -157,7 +163,7 @@ def painted(doodle, tmp_path, monkeypatch, handlers):
             '--save-every=0', '--print-every=0', *arguments])
         inputs, _ = doodle.read_inputs(options)
         at = doodle.Checkpoint({'random_seed': 5})
-        journal = doodle.Journal(options, doodle.place_output(options), inputs.size, at)
+        journal = doodle.Journal(options, doodle.place_output(options), inputs, at)
         seen, save = SimpleNamespace(journal=journal, at=at, saved=[], inputs=inputs), journal.save
         monkeypatch.setattr(journal, 'save', lambda at, **how: (
             seen.saved.append(np.shape(at.minimiser.image)), save(at, **how))[1])
@@ -175,7 +181,8 @@ def test_each_phase_has_its_sizes_pictures_maps_and_evaluations(doodle, painted)
     inputs = painted(objective, '--phases=3', '--iterations=4').inputs
     assert [x.shape for x in objective.asked] == 4 * [(3, 28, 24)] + 4 * [(3, 56, 48)] + 4 * [(3, 112, 96)]
     widths = zip(objective.phases, (24, 48, 96), (31, 62, 124))
-    for (content, style, content_map, style_map, size, alpha), width, style_width in widths:
+    assert [near for *_, near in objective.phases] == [False, True, True]
+    for (content, style, content_map, style_map, size, alpha, _), width, style_width in widths:
         assert size == (width, width * 7 // 6) and content.shape == (3, *size[::-1]) and style.shape[2] == style_width
         assert content_map is inputs.content_map and style_map is inputs.style_map and alpha is None
     content, style, *_ = objective.phases[-1]
@@ -203,7 +210,7 @@ def test_the_result_is_written_after_every_phase_at_full_size(doodle, painted):
 @pytest.mark.parametrize('evaluations', [5, 6, 7, 15, 20])
 def test_an_interruption_leaves_the_last_accepted_image(doodle, painted, evaluations):  # fault 16
     objective = Objective(doodle, pull=.5, fails_at=evaluations)
-    seen = painted(objective, '--phases=2', '--iterations=12')
+    seen = painted(objective, '--phases=2', '--iterations=12', '--stop-when-converged=0')
     written = doodle.read_picture('out.png').pixels
     assert (written == doodle.to_pixels(seen.at.minimiser.image, (96, 112))).all()
     assert (written != doodle.to_pixels(objective.asked[0], (96, 112))).any()
@@ -263,3 +270,126 @@ def test_matches_of_a_forged_checkpoint_are_refused(doodle, name, forged):
         objective.restore(state | {name: forged(state.get(name))})
     objective.restore(state)
     assert objective(image).total == loss
+
+
+# ---- what repeats ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def textured(doodle, tmp_path, monkeypatch, capsys, handlers):
+    """Paint a small texture by the program with a thin network; some line searches fail from evaluation 70 on.
+
+    textured('--resume', ..., stop=110) gets SIGTERM after evaluation 110. Returns the exit code, what was said, log
+    (without header and seconds), frames and result, and how many evaluations were `computed`.
+    """
+    monkeypatch.chdir(tmp_path)
+    weights = doodle.Weights('vgg19', {name[4:]: pair for name, pair in thin_weights().items()}, '', '')
+    monkeypatch.setattr(doodle, 'find_weights', lambda _: (weights, []))
+    monkeypatch.setattr(doodle, 'import_theano', lambda device: (device, None))
+
+    def textured(*arguments, picture=5, stop=None):
+        Image.fromarray(np.random.default_rng(picture).integers(0, 256, (32, 28, 3), np.uint8)).save('a.png')
+        seen, evaluate, record = SimpleNamespace(computed=0), doodle.Objective.__call__, doodle.Journal.record
+
+        def counted(objective, x):
+            seen.computed += 1
+            return evaluate(objective, x)
+
+        def recorded(journal, at, *evaluation):
+            record(journal, at, *evaluation)
+            if at.number == stop:
+                signal.raise_signal(signal.SIGTERM)
+        with monkeypatch.context() as patched:
+            patched.setattr(doodle.Objective, '__call__', counted)
+            patched.setattr(doodle.Journal, 'record', recorded)
+            seen.code = doodle.main(['--style=a.png', '--semantic-weight=0', '--style-layers=2_1', '--phases=1',
+                                     '--iterations=120', '--random-seed=1', '--save-every=8', '--log=log', *arguments])
+        seen.out = capsys.readouterr().out
+        seen.log = [{name: value for name, value in json.loads(line).items() if 'seconds' not in name}
+                    for line in Path('log').read_text().splitlines()[1:]]
+        seen.files = {path.name: path.read_bytes() for path in [*Path('frames').glob('0*.png'), Path('output.png')]}
+        if not seen.code:
+            for path in (*Path('frames').iterdir(), 'log'):
+                os.remove(path)
+        return seen
+    return textured
+
+
+def test_what_was_evaluated_not_long_ago_is_not_computed_again_and_all_is_the_same(doodle, textured, monkeypatch):
+    remembering, stopped, resumed = (textured('--stop-when-converged=0', *resume, stop=stop)
+                                     for resume, stop in (([], None), ([], 110), (['--resume'], None)))
+    monkeypatch.setattr(doodle, 'REMEMBERED', 0)
+    forgetting = textured('--stop-when-converged=0')
+    assert forgetting.computed == len(forgetting.log) == 120 and remembering.computed < 105 and stopped.code == 143
+    assert len({entry['total'] for entry in stopped.log[-30:]}) < 20                   # in the midst of a cycle
+    for run in (remembering, resumed):
+        assert (run.code, run.log, run.files) == (0, forgetting.log, forgetting.files)
+
+
+@pytest.mark.parametrize('room, length, computed', [(24, 24, 24), (24, 25, 75), (7, 9, 7 + 3 * 2), (1, 3, 1 + 3 * 2)])
+def test_of_a_cycle_too_long_to_remember_a_part_is(doodle, monkeypatch, room, length, computed):
+    """A part that is the same in each cycle; but what comes again only after 24 others is forgotten."""
+    objective, options = Objective(doodle), doodle.parse_options(['--style=-'])
+    memory = 21 * room * doodle.evaluation_memory(SHAPE[:0:-1], options)
+    remembered, images = doodle.Remembered(objective, options, memory), [random(seed=k) for k in range(length)]
+    for _ in range(2):                                                                 # nothing is left of a phase
+        objective.asked.clear()
+        remembered.set_phase(None, None, None, None, SHAPE[:0:-1], None)
+        for image in 3 * images:
+            remembered(image)
+        assert len(objective.asked) == computed
+
+
+@pytest.mark.parametrize('option', ['--variety=0.1', '--cache=1'])
+def test_nothing_is_remembered_where_the_image_alone_does_not_tell(doodle, textured, option):
+    done = textured(option, '--stop-when-converged=0', '--iterations=20', '--seed=content', '--content=a.png',
+                    '--style-weight=0', '--content-weight=0', '--smoothness=0')        # it stays where it is
+    assert done.computed == 20 and len({entry['gradient_max'] for entry in done.log}) == 1
+
+
+def test_whole_cycles_are_counted_as_if_they_had_been_made(doodle):
+    """The minimiser starts anew after 5, 9, 12, 16, 19, .. evaluations, from two images in turn."""
+    gradients = [300., 7.] + 9 * [90., 2., .5, 31., 1., .2, 8.]                        # the largest; 7 in a cycle
+
+    def walked(iterations, skipping):
+        at, entries = doodle.Checkpoint({}, memory={'fresh': np.array(False)}), []
+        journal = SimpleNamespace(skip=lambda at, *cycle: entries.append((at.evaluation, *cycle)))
+        at.minimiser = SimpleNamespace(restart=lambda: at.evaluation > 2 and 'ba'[at.evaluation % 7 == 5]
+                                       if at.evaluation % 7 in (2, 5) else None)
+        while at.evaluation < iterations:
+            if skipping:
+                at.skip(iterations, journal)
+            at.count(gradients[at.evaluation])
+        return at, entries
+    for iterations, skipped in ((12, 0), (13, 0), (19, 0), (20, 7), (26, 7), (27, 14), (61, 42)):
+        (at, entries), (other, _) = (walked(iterations, skipping) for skipping in (True, False))
+        assert entries == ([(12, 7, skipped)] if skipped else [])
+        assert (at.evaluation, at.number) == (other.evaluation, other.number) == (iterations, iterations)
+        assert at.error == pytest.approx(other.error, rel=1e-12)
+
+
+def test_a_phase_that_can_only_repeat_itself_ends_early_and_the_next_begins(doodle, painted, tmp_path):
+    done, whole = (painted(Objective(doodle), '--phases=2', '--iterations=50', f'--log={option}',
+                           f'--stop-when-converged={option}') for option in (1, 0))    # no slope: it stays at the noise
+    logs = [[json.loads(line) for line in (tmp_path / name).read_text().splitlines()[1:]] for name in '10']
+    skips = [dict(phase=phase, evaluation=2, cycle=1, skipped=47) for phase in (0, 1)]
+    assert [entry for entry in logs[0] if 'skipped' in entry] == skips and len(logs[0]) == 8 and len(logs[1]) == 100
+    assert all(entry in logs[1] for entry in logs[0] if 'skipped' not in entry) and logs[0][-1] == logs[1][-1]
+    assert done.at.number == whole.at.number == 100 and done.journal.bar.n == whole.journal.bar.n
+    assert (done.at.minimiser.image == whole.at.minimiser.image).all() and done.saved == whole.saved
+    assert done.at.error == pytest.approx(whole.at.error, rel=1e-12) and done.at.error < 3
+
+
+@pytest.mark.slow
+def test_where_it_has_converged_all_is_as_if_every_evaluation_had_been_made(textured):
+    """The minimiser starts anew after 170 evaluations, and once more from the same image after 191."""
+    def kept(run):
+        return [entry for entry in run.log if 'skipped' not in entry]
+    walked, done, stopped, resumed = (
+        textured('--iterations=240', *option, picture=2, stop=stop)
+        for option, stop in ((['--stop-when-converged=0'], None), ([], None), ([], 183), (['--resume'], None)))
+    assert stopped.code == 143 and resumed.log == done.log and resumed.files == done.files
+    assert [entry for entry in done.log if 'skipped' in entry] == [dict(phase=0, evaluation=191, cycle=21, skipped=42)]
+    made = [*range(191), *range(191 + 42, 240)]
+    assert kept(done) == [walked.log[k] for k in made] and done.files == {
+        name: content for name, content in walked.files.items() if name == 'output.png' or int(name[:-4]) in made}
+    assert done.out.splitlines()[-1].split('average')[1] == walked.out.splitlines()[-1].split('average')[1]

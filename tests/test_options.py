@@ -28,7 +28,9 @@ DEFAULTS = dict(
     smoothness=1.0, variety=0.0, seed='noise', seed_range=(16.0, 240.0),
     iterations=100, device='cpu', print_every=10, save_every=10)
 OURS = dict(method='champandard', rotations=0, scales=0, max_size=None, random_seed=None, network=None, weights=None,
-            frames='frames', log=None, resume=False, check=False, auto_maps=0)
+            frames='frames', log=None, resume=False, check=False, auto_maps=0,
+            style_scale=1, keep_colors=False, figure=None, animation=None,
+            stop_when_converged=1, matching='exact')
 
 NATURAL = ['0', '-1', '1.5', 'ten', '']
 WHOLE = ['-1', '1.5', 'ten', '']
@@ -40,13 +42,14 @@ BAD = {
     '--output-size': ['640', '640x', 'x480', '0x480', '640x0', '640X480', '-640x480', '6.4x4', '6x4x3', ''],
     '--max-size': NATURAL, '--phases': NATURAL, '--iterations': NATURAL, '--slices': NATURAL,
     '--random-seed': WHOLE, '--print-every': WHOLE, '--save-every': WHOLE,
-    '--cache': ['2', '-1', 'yes', ''], '--auto-maps': ['1', '17', '-2', 'yes', ''],
+    '--cache': ['2', '-1', 'yes', ''], '--stop-when-converged': ['2', 'yes', ''],
+    '--auto-maps': ['1', '17', '-2', 'yes', ''],
     '--seed-range': ['16', '240:16', '-1:5', '0:256', 'a:b', 'nan:240', '16:nan', '1:2:3', ':', '1_6:240', '٣:9', ''],
     '--content-weight': WEIGHT, '--style-weight': WEIGHT, '--smoothness': WEIGHT, '--semantic-weight': BIAS,
-    '--variety': BIAS,
+    '--variety': BIAS, '--style-scale': ['0', '0.09', '10.1', '-1', 'nan', '1e400', 'big', ''],
     '--content-layers': LAYERS, '--style-layers': LAYERS,
     '--method': ['Gatys', 'li', ''], '--rotations': WHOLE + ['13'], '--scales': WHOLE + ['13'],
-    '--network': ['vgg', 'VGG19', 'resnet', ''],
+    '--matching': ['Near', 'far', ''], '--network': ['vgg', 'VGG19', 'resnet', ''],
     '--device': ['tpu', 'GPU0', 'gpu-1', 'cuda:0', 'gpu0,gpu1', 'opencl0', 'cpu0', 'gpu٣', ''],
 }
 GOOD = [
@@ -55,12 +58,14 @@ GOOD = [
     ('--random-seed=0', 0), ('--print-every=0', 0), ('--save-every=0', 0),
     ('--style-weight=0', 0), ('--smoothness=1e-3', 1e-3), ('--content-weight=1e20', 1e20), ('--style-weight=.5', .5),
     ('--smoothness=1e-6', 1e-6), ('--semantic-weight=1E6', 1e6), ('--variety=+1.', 1), ('--cache=1', 1),
+    ('--style-scale=.1', .1), ('--style-scale=10', 10),
+    ('--matching=near', 'near'),
     ('--slices=1000', 1000), ('--style-layers=5_4,1_1,5_4', ['5_4', '1_1']),
     ('--device=gpu0', 'cuda0'), ('--device=gpu12', 'cuda12'), ('--device=gpu', 'cuda'), ('--device=cuda1', 'cuda1'),
     ('--device=opencl0:1', 'opencl0:1'),
 ]
 
-PATHS = ['--style', '--content', '--output', '--seed', '--weights', '--frames', '--log']
+PATHS = ['--style', '--content', '--output', '--seed', '--weights', '--frames', '--log', '--figure', '--animation']
 
 TEXTURE = [f'--style={FOLDER / "texture_style.png"}', '--network=vgg16', '--style-layers=2_1', '--phases=1',
            '--iterations=1']

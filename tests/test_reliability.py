@@ -74,6 +74,7 @@ def painted(doodle, tmp_path, monkeypatch, capsys, handlers):
         monkeypatch.setattr(doodle, 'find_weights', lambda options: (
             doodle.Weights('vgg16', None, 'a file', f'checksum of {options.weights}'), []))
         monkeypatch.setattr(doodle, 'Objective', Objective)
+        monkeypatch.setattr(doodle, 'REMEMBERED', 0)                    # its history is not known by the image
         monkeypatch.setattr(doodle, 'import_theano', lambda device: (device, None))
         flags = {argument.split('=')[0] for argument in arguments}
         seen.code = doodle.main([*(option for option in given if option.split('=')[0] not in flags), *arguments])
@@ -155,6 +156,7 @@ DIFFERENT = {
     'content': ['--content=other.png'], 'style': ['--style=other.png'], 'content_map': ['--content=mapped.png'],
     'weights': ['--weights=other.npz'], '--cache': ['--cache=1'], '--max-size': ['--max-size=90'],
     '--content-layers': ['--content-layers=4_1'], '--content-weight': ['--content-weight=9'],
+    '--matching': ['--matching=near'],
 }
 
 
@@ -323,7 +325,8 @@ FORGED = {
     'phase': -1, 'evaluation': 21, 'number': 11, 'error': -1., 'frames': 7, 'header': None, 'limit': -1.,
     'x': 300., 'image': np.nan, 'work': np.inf, 'gradient': np.nan, 'indices 3': -1, 'indices -1': 10**9,
     'integers 3': 10**6, 'integers 15': -1, 'integers 26': 5, 'integers 27': 6, 'integers 28': -1, 'integers 30': -3,
-    'integers 37': 10**9, 'task': 1, 'logicals 1': 0, 'doubles': np.nan, 'unknown': 0}
+    'integers 37': 10**9, 'task': 1, 'logicals 1': 0, 'doubles': np.nan, 'unknown': 0,
+    'restarts': {'': [99, 1.]}}
 
 
 @pytest.mark.parametrize('field', mostly_slow(FORGED, 'header', 'limit', 'work', 'indices -1', 'integers 3'))

@@ -1,5 +1,6 @@
 """How a container starts, by .docker/start as a module: the user, the cache of each, the network; and .docker/vgg19."""
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -171,6 +172,54 @@ def test_code_of_an_image_that_nobody_uses_is_removed(start, tmp_path, image):
     (tmp_path / 'mine/code-old/theano').mkdir(parents=True)
     start.seeded(str(tmp_path / 'mine'), image('fresh'))
     assert sorted(os.listdir(tmp_path / 'mine')) == ['code-fresh', 'lock']
+
+
+def test_the_gpu_image_and_its_cpu_image_keep_each_other_s_code(start, tmp_path, image):
+    (tmp_path / 'mine').mkdir()
+    for stamp in 'one', 'one-gpu', 'one':
+        start.seeded(str(tmp_path / 'mine'), image(stamp) if not (tmp_path / stamp).exists() else str(tmp_path / stamp))
+    assert sorted(os.listdir(tmp_path / 'mine')) == ['code-one', 'code-one-gpu', 'lock']
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+COMPILED = '''
+import sys, pygpu
+context = pygpu.init('cuda0', kernel_cache_path=sys.argv[1])
+pygpu.gpuarray.GpuKernel('#include "cluda.h"\\nKERNEL void f(float *x) { x[0] = 1; }', 'f', [], context=context)
+'''
+LAID_OUT = '''
+import sys, doodle
+from conftest import module
+image, folder = sys.argv[1:]
+doodle.beside = lambda name: f'{image}/../{name}'
+module('start').lay_out_kernels(image, folder, 'cuda0')
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('capability, version, found', [
+    ('8.9', '12.4', '7.5'), ('12.0', '13.1', '9.0'), ('7.0', '12.4', None)])
+def test_kernels_are_found_with_any_driver_on_a_card_that_can_run_them(card, tmp_path, capability, version, found):
+    def process(code, *arguments, **switches):
+        counts = tmp_path / 'counts'
+        subprocess.run([sys.executable, '-c', code, *arguments], check=True, cwd=ROOT,
+                       env=card | switches | {'EMU_COUNTS': str(counts)})
+        return json.loads(counts.read_text())
+
+    image, folder = tmp_path / 'kernels', tmp_path / 'kept'
+    subprocess.run(['g++', '-shared', '-o', tmp_path / 'skein.so', '-Wl,--undefined=Skein_512', '-lgpuarray-static'],
+                   check=True)
+    for made in '7.5', '9.0':
+        assert 'compile' in process(COMPILED, image / made, EMU_CARDS=made)
+    process(LAID_OUT, image, folder, EMU_CARDS=capability, EMU_DRIVER=version)
+    assert folder.exists() == bool(found)
+    if found:
+        laid_out, = (folder / capability).glob('*/*')
+        made, = (image / found).glob('*/*')
+        assert laid_out.read_bytes()[88:] == made.read_bytes()[88:]
+        taken_for = min(capability, '9.0', key=float)                   # by libgpuarray
+        assert 'compile' not in process(COMPILED, folder / capability, EMU_CARDS=taken_for, EMU_DRIVER=version)
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------

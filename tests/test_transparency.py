@@ -181,3 +181,28 @@ def test_a_resumed_run_knows_the_alpha_of_its_style(doodle, inputs):
         cut_out(alpha)
         found.append(doodle.provenance(inputs()[0], weights, options)['inputs'])
     assert found[0] == found[1] and {name for name in found[0] if found[0][name] != found[2][name]} == {'style_alpha'}
+
+
+# ---- the content's transparency is the result's ----------------------------------------------------------------------
+
+def test_the_alpha_of_the_content_is_that_of_the_result(doodle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alpha = np.uint8(np.linspace(0, 255, 112 * 96).reshape(112, 96))
+    picture = Image.open(FOLDER / 'face_content.png').convert('RGB')
+    picture.putalpha(Image.fromarray(alpha))
+    picture.save('content.png')
+    for name, kept in ('out.png', True), ('out.webp', True), ('out.tif', True), ('out.jpg', False), ('out.bmp', False):
+        options = doodle.parse_options([f'--style={FOLDER / "face_style.png"}', '--content=content.png',
+                                        '--semantic-weight=0', f'--output={name}', '--max-size=56', '--phases=1'])
+        read, _ = doodle.read_inputs(options)
+        assert read.content_alpha.shape == (56, 48, 1)
+        at = doodle.Checkpoint({'random_seed': 5})
+        at.minimiser, at.number = doodle.Minimiser(np.full((3, 56, 48), 77.)), 1
+        journal = doodle.Journal(options, doodle.place_output(options), read, at)
+        assert journal.save(at)
+        journal.close()
+        with Image.open(name) as written:
+            assert written.mode == ('RGBA' if kept else 'RGB')
+            if kept:
+                assert (np.asarray(written)[:, :, 3] == read.content_alpha[:, :, 0]).all()
+            assert np.abs(np.asarray(written)[-9:, :, :3] - 77.).max() <= 1

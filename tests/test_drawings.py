@@ -1,0 +1,189 @@
+"""What shows a run: the page beside its frames, its figure, its animation, and figures of earlier runs."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageColor
+
+from conftest import ROOT
+from golden_data import FOLDER
+
+NAME = '<b>&"quoted".png'                                               # of the output: it stands in the page
+COMMON = ['--network=vgg16', '--style=texture_style.png', '--style-layers=3_1', '--phases=2', '--iterations=3',
+          '--random-seed=7']
+
+
+@pytest.fixture(scope='module')
+def figure(doodle):
+    return doodle.import_beside('samples/figure.py', '--figure')
+
+
+@pytest.fixture(scope='module')
+def drawn(run, tmp_path_factory):
+    """A run that draws all there is."""
+    folder = tmp_path_factory.mktemp('drawn')
+    shutil.copy(FOLDER / 'texture_style.png', folder)
+    done = run(folder, *COMMON, f'--output={NAME}', '--save-every=2', '--figure=figure.png', '--animation=moving.gif',
+               '--log=log')
+    assert (done.returncode, done.stderr) == (0, '')
+    return SimpleNamespace(folder=folder, lines=done.stdout.splitlines(),
+                           log=list(map(json.loads, (folder / 'log').read_text().splitlines())))
+
+
+def shown(folder):
+    """What watch.js tells the page."""
+    return json.loads(re.fullmatch(r'watch\((.*)\)\n', (folder / 'watch.js').read_text())[1])
+
+
+# ---- the page beside the frames --------------------------------------------------------------------------------------
+
+def test_the_page_shows_the_run_and_its_end(drawn):
+    page = shown(drawn.folder / 'frames')
+    assert (page['state'], page['number'], page['total'], page['phase'], page['left']) == ('ended', 6, 6, 1, 0)
+    assert (drawn.folder / 'frames' / page['frame']).is_file() and page['frame'] == '0004.png'
+    assert page['names'] == ['total', 'style conv3_1', 'smoothness']
+    assert page['losses'] == [[entry['phase'] * 3 + entry['evaluation'], entry['total'], *entry['style'].values(),
+                               entry['smooth']] for entry in drawn.log[1:]]
+
+
+def test_names_of_files_are_data_in_the_page(drawn):
+    text = (drawn.folder / 'frames/watch.html').read_text()
+    assert '<b>' not in text.replace('<body>', '') and text.count('</script>') == 2
+    facts = json.loads(re.search(r'<script id="facts" type="application/json">(.*)</script>', text)[1])
+    assert facts == {'title': NAME, 'size': [60, 52], 'before': None}
+    assert not re.search(r'https?:|//[a-z]', text.replace('// called', '').replace('// ----', ''))     # no network
+
+
+def test_time_left_counts_later_phases_by_their_operations(doodle, tmp_path, monkeypatch):
+    clock = [100.]
+    monkeypatch.setattr(doodle.time, 'time', lambda: clock[0])
+    picture = np.zeros((64, 64, 3), np.uint8)
+    inputs = doodle.Inputs(picture, None, picture, None, None, (64, 64), None, None)
+    options = doodle.parse_options(['--style=a', '--content=b', '--phases=2', '--iterations=50', '--style-weight=0',
+                                    '--style-layers=4_1'])
+    page, at = doodle.Page(options, inputs), doodle.Checkpoint({}, number=10, evaluation=10, frames=str(tmp_path))
+    at.number = 0
+    page.begin(at)
+    clock[0], at.number = 120., 10
+    page.show(at, [], 'running')
+    first, last = page.costs
+    assert shown(tmp_path)['seconds'] == 2
+    assert shown(tmp_path)['left'] == pytest.approx(2 * (40 + 50 * last / first)) and 4 <= last / first <= 16
+    clock[0], at.number = 121.9, 11                                     # too soon
+    page.show(at, [], 'running')
+    assert shown(tmp_path)['number'] == 10
+    page.show(at, [], 'been interrupted')
+    assert shown(tmp_path)['number'] == 11
+
+
+def test_the_page_has_at_most_a_thousand_points(doodle, tmp_path):
+    picture = np.zeros((64, 64, 3), np.uint8)
+    inputs = doodle.Inputs(picture, None, picture, None, None, (64, 64), None, None)
+    page = doodle.Page(doodle.parse_options(['--style=a', '--content=b']), inputs)
+    at = doodle.Checkpoint({}, number=4000, frames=str(tmp_path), losses=[(k, 1., 1.) for k in range(4000)])
+    page.begin(at)
+    page.show(at, ['total', 'smoothness'], 'running')
+    assert 500 <= len(shown(tmp_path)['losses']) <= 1000
+    before = json.loads(re.search('json">(.*)</script>', (tmp_path / 'watch.html').read_text())[1])['before']
+    assert before.startswith('data:image/jpeg;base64,')
+
+
+def test_losses_go_on_after_a_resume(doodle, tmp_path):
+    """They are in the checkpoint, exactly; broken ones are refused."""
+    losses = [(0, 3.25, 1e-30), (1, 1 / 3, 2.)]
+    assert doodle.read_losses(np.array(losses)) == losses and doodle.read_losses(np.zeros((0, 3))) == []
+    for broken in np.zeros(3), np.array([[0, np.nan]]):
+        with pytest.raises(ValueError):
+            doodle.read_losses(broken)
+
+
+# ---- figure ----------------------------------------------------------------------------------------------------------
+
+def test_the_figure_of_a_run_is_that_of_its_log(drawn, figure):
+    """Both have the pictures and the curves of all terms."""
+    (drawn.folder / 'log').rename(drawn.folder / 'again.log')
+    done = subprocess.run([sys.executable, ROOT / 'samples/figure.py', 'again.log'], cwd=drawn.folder,
+                          capture_output=True, text=True)
+    (drawn.folder / 'again.log').rename(drawn.folder / 'log')
+    assert (done.returncode, done.stderr, done.stdout) == (0, '', '  - `again.png`\n')
+    with Image.open(drawn.folder / 'figure.png') as one, Image.open(drawn.folder / 'again.png') as other:
+        assert (np.asarray(one) == np.asarray(other)).all()
+        assert one.width >= figure.PLOT[0] and one.height == figure.HEIGHT + figure.TITLE + figure.GAP + figure.PLOT[1]
+        with Image.open(drawn.folder / NAME) as result:                 # beside the style, at 300 pixels of height
+            left = figure.GAP + figure.GAP + round(60 / 52 * figure.HEIGHT)
+            there = one.crop((left, figure.TITLE, left + round(60 / 52 * 300), figure.TITLE + 300)).resize((60, 52))
+            assert np.abs(np.int16(there) - np.int16(result)).mean() < 12
+    assert '  - Figure: `figure.png`.' in drawn.lines
+
+
+def test_a_curve_is_where_its_losses_are(figure):
+    """On a logarithmic scale from the power of ten below all losses to that above."""
+    page = np.asarray(figure.curves(['a', 'b'], [(0, 100., 1.), (10, 10., 1.)], [0], (401, 361)))
+    height, left, bottom = 361, 70, 30
+
+    def there(colour):
+        return np.argwhere((page[40:, left + 1:] == ImageColor.getrgb(colour)).all(axis=2)) + (40, left + 1)
+    first, second = there(figure.COLOURS[0]), there(figure.COLOURS[1])
+    whole = height - figure.TITLE - bottom                              # of three powers: 1 to 1000
+    for (y, _), power in (first[first[:, 1].argmin()], 2), (first[first[:, 1].argmax()], 1), (second[0], 0):
+        assert abs(y - figure.TITLE - whole * (3 - power) / 3) <= 2
+
+
+@pytest.mark.parametrize('content', [
+    '', '{"options": 3}\n', '[1]\n', '{"options": {"iterations": 3, "phases": 1}}\n{"total": 1}\n', '\x00\xff'])
+def test_what_is_no_log_is_refused(tmp_path, content):
+    (tmp_path / 'a.log').write_text(content, encoding='latin-1')
+    done = subprocess.run([sys.executable, ROOT / 'samples/figure.py', 'a.log'], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and 'cannot be read as a log' in done.stderr and done.stderr.count('\n') == 2
+    assert [path.name for path in tmp_path.iterdir()] == ['a.log']
+
+
+# ---- animation -------------------------------------------------------------------------------------------------------
+
+def test_the_animation_has_the_frames_in_order_and_the_size_of_the_result(drawn, figure):
+    with Image.open(drawn.folder / 'moving.gif') as moving:
+        assert (moving.n_frames, moving.size) == (3, (60, 52))
+        for number in range(3):
+            moving.seek(number)
+            with Image.open(drawn.folder / f'frames/{2 * number:04d}.png') as frame:
+                same = frame.convert('RGB').resize((60, 52), Image.BICUBIC)
+                assert np.abs(np.int16(moving.convert('RGB')) - np.int16(same)).mean() < 10     # 256 colours
+        assert moving.info['duration'] == 2000
+
+
+@pytest.mark.parametrize('ending', ['gif', 'webp', 'png'])
+def test_an_animation_is_bounded(doodle, figure, tmp_path, ending):
+    paths = []
+    for number in range(200):
+        paths.append(str(tmp_path / f'{number:04d}.png'))
+        Image.new('RGB', (30, 20), (number, 255 - number, 0)).save(paths[-1])
+    images, durations = figure.animation(paths, (3000, 2000))
+    assert {image.size for image in images} == {(480, 320)} and len(images) == len(durations) == figure.MOST
+    assert images[0].getpixel((0, 0)) == (0, 255, 0) and images[-1].getpixel((0, 0)) == (199, 56, 0)
+    doodle.write_image(images[0], str(tmp_path / f'a.{ending}'), save_all=True, append_images=images[1:],
+                       duration=durations, loop=0)
+    with Image.open(tmp_path / f'a.{ending}') as moving:                # WebP joins frames that look alike
+        assert 20 <= moving.n_frames <= figure.MOST and (moving.n_frames == figure.MOST or ending == 'webp')
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('arguments, problem', [
+    (['--animation=a.jpg'], "--animation 'a.jpg' does not end like one."),
+    (['--animation=a.gif', '--save-every=0'], '--animation is made of frames, and --save-every=0 leaves them out.'),
+    (['--figure=a.xyz'], "'a.xyz' does not end like a picture that can be written."),
+    (['--figure=a.png', '--output=a.png'], '--figure is the same file as the output or its checkpoint.'),
+    (['--figure=a.png', '--animation=a.png'], '--animation is the same file as --figure.'),
+    (['--figure=texture_style.png'], "--figure 'texture_style.png' is one of the inputs and would overwrite it."),
+    (['--animation=frames/0001.png'], "--animation 'frames/0001.png' has the name of a frame or of the folder of "
+                                      '--frames.'),
+    (['--log=frames/watch.js'], "--log 'frames/watch.js' has the name of a frame or of the folder of --frames.")])
+def test_drawings_are_checked_as_the_output_is(refused, tmp_path, arguments, problem):
+    shutil.copy(FOLDER / 'texture_style.png', tmp_path)
+    assert refused('--style=texture_style.png', *arguments)[0] == problem
