@@ -172,8 +172,9 @@ def chosen(doodle, monkeypatch, side, free, *arguments):
         get_context=lambda name: SimpleNamespace(free_gmem=free), pygpu=SimpleNamespace(empty=lambda *_, **__: 0)),
         raising=False)
     picture = np.zeros((side, side, 3), np.uint8)
-    return doodle.choose_slices(doodle.Inputs(picture, None, picture, None, None, (side, side), None),
-                                doodle.parse_options(['--style=-', '--content=-', *arguments]), 'cuda0')
+    inputs = dict.fromkeys(doodle.Inputs._fields) | dict(content=picture, style=picture, size=(side, side))
+    options = doodle.parse_options(['--style=-', '--content=-', *arguments])
+    return doodle.choose_slices(doodle.Inputs(**inputs), options, 'cuda0')
 
 
 def test_slices_fit_the_free_memory(doodle, monkeypatch):
