@@ -484,7 +484,7 @@ def build_network(weights, names, fast=False):
     weights : Weights
     names : collection of str
     fast : bool
-        Use the engine's convolution.
+        Use the engine's convolution, on the CPU only; a GPU has its own.
 
     Returns
     -------
@@ -494,9 +494,10 @@ def build_network(weights, names, fast=False):
     network, layer = {}, lasagne.layers.InputLayer((1, 3, None, None))
     for name in layer_names(weights.kind, names):
         (W, b), pool = weights.layers[name], name.endswith('_1') and name != '1_1'
-        if fast:
+        if fast or on_gpu():
+            convolve = fast_convolution if fast else gpu_convolution
             unused = theano.shared(np.zeros((1, 1, 1, 1), np.float32))
-            how = dict(W=unused, b=None, nonlinearity=None, convolution=fast_convolution(W, b, pool))
+            how = dict(W=unused, b=None, nonlinearity=None, convolution=convolve(W, b, pool))
         else:
             how = dict(W=np.ascontiguousarray(W), b=b, convolution=convolution)
             layer = lasagne.layers.Pool2DLayer(layer, 2, mode='average_inc_pad') if pool else layer
@@ -539,7 +540,7 @@ def patch_scale(f):
     return T.switch(total > 0, 3 / T.sqrt(total), 0)
 
 
-def match(u, v, slices, variety=None, history=None, scale=None):
+def match(u, v, variety=None, history=None, scale=None):
     """For every 3x3 patch i of the image the style patch j with the largest score [LW16 eq. 3, C16 eq. 2].
 
         S(i, j) = 1/9 a(i) b(j) sum_d u(i + d) . v(j + d),        less variety * h(j)
@@ -552,8 +553,6 @@ def match(u, v, slices, variety=None, history=None, scale=None):
     ----------
     u : symbolic (H, W, D)
     v : symbolic (h, w, D)
-    slices : int
-        Number of batches into which rows of style patches are split, to save memory; matches do not depend on it.
     variety : symbolic scalar
     history : symbolic ((h - 2) (w - 2),)
         h(j), the largest score of j with any i in the evaluation before.
@@ -567,28 +566,17 @@ def match(u, v, slices, variety=None, history=None, scale=None):
     history : symbolic ((h - 2) (w - 2),), the new h, or None
     """
     (H, W, D), (h, w) = (u.shape[k] for k in range(3)), (v.shape[0], v.shape[1])
-    best, matches, best_of = np.float32(-np.inf), np.int64(0), history
-    for k in range(slices):
-        above, below = (h - 2) * k // slices, ((h - 2) * (k + 1) + slices - 1) // slices    # at least one row
-        if k:                           # waits for the batch before, else Theano would hold the scores of all at once
-            above = T.opt.Assert()(above, *(T.neq(done[0], -1) for done in (matches, best_of) if done is not None))
-        rows = below - above
-        products = T.dot(u.reshape((H * W, D)), v[above:below + 2].reshape(((rows + 2) * w, D)).T)
-        products = products.reshape((H, W, rows + 2, w))
-        S = sum(products[y:H - 2 + y, x:W - 2 + x, y:rows + y, x:w - 2 + x] for y in range(3) for x in range(3)) / 9
-        S = S.reshape(((H - 2) * (W - 2), rows * (w - 2)))                                  # (i, j)
-        batch = slice(above * (w - 2), below * (w - 2))
-        if scale:
-            S *= scale[0][:, None] * scale[1][batch]
-        if history is not None:
-            best_of = T.set_subtensor(best_of[batch], T.max_and_argmax(S.T, axis=1)[0])
-            S -= variety * history[batch]
-        if scale:
-            S = T.switch(scale[1][batch] > 0, S, np.float32(-np.inf))
-        score, j = T.max_and_argmax(S, axis=1)
-        better = T.gt(score, best)
-        matches, best = T.switch(better, j + above * (w - 2), matches), T.switch(better, score, best)
-    return matches, best_of
+    products = T.dot(u.reshape((H * W, D)), v.reshape((h * w, D)).T).reshape((H, W, h, w))
+    S = sum(products[y:H - 2 + y, x:W - 2 + x, y:h - 2 + y, x:w - 2 + x] for y in range(3) for x in range(3)) / 9
+    S = S.reshape(((H - 2) * (W - 2), (h - 2) * (w - 2)))                                   # (i, j)
+    if scale:
+        S *= scale[0][:, None] * scale[1]
+    best = None if history is None else T.max(S, axis=0)
+    if history is not None:
+        S -= variety * history
+    if scale:
+        S = T.switch(scale[1] > 0, S, np.float32(-np.inf))
+    return T.argmax(S, axis=1), best
 
 
 def style_copies(picture, rotations, scales, resample):
@@ -660,11 +648,11 @@ def style_loss(f, g, matches):
     matches : symbolic int ((H - 2) (W - 2),)
     """
     (H, W, C), (h, w) = (f.shape[k] for k in range(3)), (g.shape[0], g.shape[1])
-    corner = (matches // (w - 2)) * w + matches % (w - 2)               # style pixel at the top left of each match
+    corner = matches + 2 * (matches // (w - 2))                         # style pixel at the top left of each match
     style, slope, total = g.reshape((h * w, C)), T.zeros((H, W, C)), 0.
     for y in range(3):
         for x in range(3):
-            matched = style[corner + y * w + x].reshape((H - 2, W - 2, C))
+            matched = style[y * w + x:][corner].reshape((H - 2, W - 2, C))
             difference = theano.gradient.disconnected_grad(f[y:H - 2 + y, x:W - 2 + x] - matched)
             slope = T.inc_subtensor(slope[y:H - 2 + y, x:W - 2 + x], difference)
             total += T.sum(difference ** 2)
@@ -730,7 +718,7 @@ class PatchTerm:
     transparent : bool
         Whether some of the style picture is fully transparent.
     slices : int
-        Batches of matching; the engine needs none.
+        Batches of a GPU's matching.
     fast : bool
         Use the engine's matching.
     """
@@ -741,9 +729,9 @@ class PatchTerm:
     arrays = 2                                                          # kept, as large as the style's features
 
     def __init__(self, options, numbers, semantic, transparent, slices, fast):
-        self.matches = shared(1, 'int64')                               # j of each i
-        self.match_patches = functools.partial(fast_match, start=self.matches) if fast else match
-        self.numbers, self.slices = numbers, slices
+        self.numbers, self.matches = numbers, shared(1, 'int64')        # j of each i
+        self.match_patches = (functools.partial(fast_match, start=self.matches) if fast else
+                              functools.partial(gpu_match, slices) if on_gpu() else match)
         self.features, self.keys = shared(3), shared(3)                 # g, (h, w, C); v, (h, w, C + K)
         self.maps = shared(3) if semantic else None                     # m, (H, W, K)
         partial = options.rotations or options.scales or transparent
@@ -773,7 +761,7 @@ class PatchTerm:
         scale = self.scale and (self.image_scale(u), self.scale)
         if self.near:
             return self.near.match(u, self.keys, scale)
-        matches, history = self.match_patches(u, self.keys, self.slices, self.numbers['variety'], self.history, scale)
+        matches, history = self.match_patches(u, self.keys, self.numbers['variety'], self.history, scale)
         return matches, [(self.matches, matches)] + ([(self.history, history)] if self.history else [])
 
     def loss(self, f, matches):
@@ -813,12 +801,14 @@ class PatchTerm:
 
     def describe(self):
         """Number and shape of the style patches, and their memory, in words."""
-        v, arrays = self.keys.get_value(borrow=True), {id(array): array for array in (self.features, self.keys)}
-        count = (v.shape[0] - 2) * (v.shape[1] - 2)
+        shapes = {id(array): array.get_value(borrow=True, return_internal_type=True).shape
+                  for array in (self.features, self.keys)}
+        height, width, channels = shapes[id(self.keys)]
+        count = (height - 2) * (width - 2)
         if self.scale:
             count = np.count_nonzero(self.scale.get_value(borrow=True))
-        size = sum(array.get_value(borrow=True).nbytes for array in arrays.values())
-        return f'({count}, {v.shape[2]}, 3, 3) patches in {size // 1000:,}kb'
+        size = 4 * sum(map(math.prod, shapes.values()))
+        return f'({count}, {channels}, 3, 3) patches in {size // 1000:,}kb'
 
 
 class WholePatchTerm(PatchTerm):
@@ -891,11 +881,11 @@ class Objective:
     content, semantic : bool
         Whether there is a content picture, and whether there are maps.
     fast : bool
-        Use the engine, on the CPU only; else the plain formulas.
+        Use the engine, on the CPU only; a GPU has its own. Else the plain formulas.
     transparent : bool
         Whether some of the style picture is fully transparent.
     slices : int
-        Batches of matching; the engine needs none.
+        Batches of a GPU's matching.
     """
 
     def __init__(self, weights, options, content, semantic, fast=False, transparent=False, slices=1):
@@ -927,15 +917,16 @@ class Objective:
             self.cached = self.compiled(x, f, {layer: term.matches for layer, term in self.style.items()}, [])
 
     def compiled(self, x, f, matches, updates):
-        """The function x -> loss terms and the gradient of their sum, the matches held fixed."""
+        """The function x -> array of loss terms, and the gradient of their sum, the matches held fixed."""
         terms = [self.numbers['smoothness'] * smoothness_loss(x, self.term.power)]
         terms += [self.weights['style', layer] * term.loss(f[layer], matches[layer])
                   for layer, term in self.style.items()]
         terms += [self.weights['content', layer] * content_loss(f[layer], target)
                   for layer, target in self.target.items()]
         profile = theano.compile.ProfileStats(atexit_print=False, flag_time_thunks=True) if self.fast else False
-        mode = theano.Mode(theano.gof.vm.VM_Linker(use_cloop=True, schedule=depth_first))
-        return theano.function([x], terms + [theano.grad(sum(terms), x)], updates=updates, profile=profile, mode=mode)
+        mode = theano.Mode(theano.gof.vm.VM_Linker(use_cloop=self.fast, schedule=depth_first))  # C ignores a schedule
+        outputs = [T.concatenate([term.dimshuffle('x') for term in terms]), theano.grad(sum(terms), x)]
+        return theano.function([x], outputs, updates=updates, profile=profile, mode=mode)
 
     def set_phase(self, content, style, content_map, style_map, size, style_alpha=None, near=False):
         """Set weights, targets and style terms, which are constant during a phase.
@@ -994,7 +985,7 @@ class Objective:
         start, matched, x = time.perf_counter(), self.matching_seconds(), np.float32(x)
         if self.fresh and self.options.variety and not self.options.cache:
             self.matching(x)                                            # for the first h(j)
-        *terms, gradient = (self.matching if self.fresh else self.cached)(x)
+        terms, gradient = (self.matching if self.fresh else self.cached)(x)
         if not np.isfinite(terms).all() or not np.isfinite(gradient).all():
             raise FloatingPointError('the loss or its gradient is not finite')
         self.fresh = False
@@ -1014,8 +1005,8 @@ class Objective:
         return not self.options.variety and not any(term.near and term.near.sweeping() for term in self.style.values())
 
     def state(self):
-        """Matches and histories of the last evaluation, as arrays by name."""
-        return {name: variable.get_value() for name, variable in self.remembered.items()} | {
+        """Matches and histories of the last evaluation, as arrays by name; those of a GPU stay there."""
+        return {name: variable.get_value(return_internal_type=True) for name, variable in self.remembered.items()} | {
             'fresh': np.array(self.fresh)}                              # whether the next matches are the phase's first
 
     def restore(self, state):
@@ -1027,8 +1018,8 @@ class Objective:
         self.fresh = bool(state['fresh'])
         for name, variable in self.remembered.items():
             kind, layer = name.split()
-            values, before = state[name], variable.get_value(borrow=True)
-            height, width, _ = self.style[layer].keys.get_value(borrow=True).shape
+            values, before = (np.asarray(array) for array in (state[name], variable.get_value(borrow=True)))
+            height, width, _ = self.style[layer].keys.get_value(borrow=True, return_internal_type=True).shape
             if kind == 'matches':                                       # those of a fresh state are read by sweeps only
                 unread = self.fresh and not np.ravel(state.get(f'draws {layer}'))[:1].any()
                 sound = unread or (values.size == math.prod(side // stride(layer) - 2 for side in self.size)
@@ -1791,27 +1782,56 @@ def evaluation_memory(size, options):
 MORE_MEMORY = 'raise docker run --memory, or on Docker Desktop the memory in its settings'
 
 
-def check_memory(inputs, options):
-    """Refuse a run that does not fit into memory, naming a size that does."""
+def gpu_memory_needed(size, style_size, options, slices=None):
+    """Bytes at the peak of a run on a GPU, with matching in so many slices, or in as many as there can be.
+
+    The peak is where features or keys of the style are made, or where the image is painted, or in its matching. The
+    numbers are fitted to peaks on tests/cuda_on_cpu.cpp; the last ones are for the BLAS, and for gaps between arrays.
+    """
+    def floats(names):                                                  # bytes for each pixel of the picture
+        return sum(4 * filters(name) / stride(name) ** 2 for name in names)
+    content = options.content_layers if options.content else []
+    names, style, term = layer_names('vgg19', options.style_layers + content), options.style_layers, style_term(options)
+    area, style_area, copies = math.prod(size), math.prod(style_size), copy_count(options)
+    constant = sum(36 * before * filters(name) for before, name in zip([3, *map(filters, names)], names))
+    constant += floats(content) * area + floats(style) * term.arrays * copies * style_area
+    making = max(0.71 * floats(names) * style_area, 2.3 * floats(style) * copies * style_area)
+    painting = (1.2 * floats(names) + floats(style)) * area
+    products = 0                                                        # of the largest slice
+    for layer in style if term.patched else []:
+        W, H, w, h = (side // stride(layer) for side in (*size, *sheet_size(style_size, options)))
+        rows = min(math.ceil((h - 2) / (slices or max(1, h))), (1 << 31) // max(1, H * W * w) - 2)
+        products = max(products, 4 * H * W * w * (max(1, rows) + 2))
+    return 200e6 + 1.1 * (constant + max(making, painting, 1.06 * floats(names) * area + products))
+
+
+def check_memory(inputs, options, device='cpu'):
+    """Refuse a run that does not fit into the memory of the device, naming a size that does."""
     size, style_size = inputs.size, inputs.style.shape[1::-1]
 
     def sizes(longest):
         shrunk = [[math.ceil(side * min(1, scale * longest / max(size))) for side in size]
                   for size, scale in ((size, 1), (style_size, options.style_scale))]
         return (shrunk[0], style_size) if options.output_size else shrunk
-    limit, needed = memory_limit(), memory_needed(size, style_size, options)
+    estimate, limit = memory_needed, memory_limit
+    if device != 'cpu':
+        estimate, limit = gpu_memory_needed, lambda: theano.gpuarray.get_context(None).free_gmem
+    limit, needed = limit(), estimate(size, style_size, options)
     if needed <= limit:
         return
-    longest = bisect.bisect(range(max(size + style_size)), limit, key=lambda n: memory_needed(*sizes(n), options)) - 1
+    longest = bisect.bisect(range(max(size + style_size)), limit, key=lambda n: estimate(*sizes(n), options)) - 1
     fix = '--output-size={}x{}'.format(*sizes(longest)[0]) if options.output_size else f'--max-size={longest}'
     more = 'close other programs, raise ulimit -v, or use a machine with more memory'
-    if mounts() is not None:
+    if device != 'cpu':
+        more = '--device=cpu, or a card with more memory'
+    elif mounts() is not None:
         more = MORE_MEMORY
         fix += f', or {more}'
     fix = fix if longest >= 64 else more
     fix += ', or a smaller --style-scale' * (options.style_scale > 1)
     raise UserError(f'{size[0]}x{size[1]} pixels in the style of {style_size[0]}x{style_size[1]} need about '
-                    f'{needed / 1e9:.1f} GB of memory, and there are {limit / 1e9:.1f} GB.', fix)
+                    f'{needed / 1e9:.1f} GB of memory, and there are {limit / 1e9:.1f} GB'
+                    f'{"" if device == "cpu" else f" on {device}"}.', fix)
 
 
 def check_sizes(inputs, options):
@@ -1958,33 +1978,28 @@ def matching_remarks(inputs, options, device):
     return ['On a GPU all matches are exact: --matching=near is for the CPU.'] * (options.matching == 'near')
 
 
-def fitting_slices(image, style, layers, memory):
-    """The number of slices with which the scores of `match` fit into their share of a GPU's memory.
-
-    Parameters
-    ----------
-    image, style : (width, height) of the two pictures
-    layers : list of str
-        Style layers.
-    memory : int
-        Free bytes. The scores get a quarter, at most 4 GB: the network needs the rest, and fewer slices save no time.
-    """
-    needed = [1]
-    for layer in layers:
-        W, H, w, h = (side // stride(layer) for side in (*image, *style))
-        # Three arrays at once: products, their sum, a spare. A batch takes two more rows of pixels than of patches.
-        row = 3 * 4 * H * W * w
-        needed.append(min(h - 2, math.ceil((h - 2) / max(1, min(memory / 4, 1 << 32) // row - 2))))
-    return max(needed)
+def sheet_size(style_size, options):
+    """(width, height) of all copies of the style picture in a `sheet`, or somewhat more."""
+    return math.ceil(style_size[0] * (1 + 0.05 * options.scales)), style_size[1] * copy_count(options)
 
 
 def choose_slices(inputs, options, device):
-    """Batches of matching: --slices, or by the free memory of a GPU; the engine, on the CPU, needs none."""
-    if options.slices or device == 'cpu':
+    """Batches of matching: --slices, or as few as fit a GPU's free memory; the engine, on the CPU, needs none.
+
+    A GPU's memory is taken as one block, from which libgpuarray cuts its arrays: of many blocks some would lie idle.
+    """
+    if device == 'cpu':
         return options.slices or 1
-    width, height = inputs.style.shape[1::-1]                           # of the sheet of all copies:
-    style_size = math.ceil(width * (1 + 0.05 * options.scales)), height * copy_count(options)
-    return fitting_slices(inputs.size, style_size, options.style_layers, theano.gpuarray.get_context(None).free_gmem)
+    check_memory(inputs, options, device)
+    context, style_size = theano.gpuarray.get_context(None), inputs.style.shape[1::-1]
+    free = context.free_gmem
+
+    def needed(slices):
+        return gpu_memory_needed(inputs.size, style_size, options, slices)
+    slices = options.slices or 1 + bisect.bisect_left(
+        range(1, sheet_size(style_size, options)[1]), -free, key=lambda count: -needed(count))
+    theano.gpuarray.pygpu.empty(int(min(needed(slices) - 1e8, free - 1e8)), 'int8', context=context)
+    return slices
 
 
 def check_compiler(compiler='g++'):
@@ -2457,6 +2472,7 @@ def open_gpu(device):
         keep_compiled_code()                                            # of its Ops, too
         theano.gpuarray.elemwise.GpuCAReduceCuda.verbose = '0'          # the number would void its code's version
         theano.gpuarray.use(device, force=True)
+        never_wait()
         return None
     except UserError as error:
         problem, fix = error.args
@@ -2465,6 +2481,49 @@ def open_gpu(device):
         if isinstance(error, ImportError) and mounts() is not None:
             fix = 'take the gpu image, docker build -t neural-doodle:gpu --target gpu, and docker run --gpus all'
     return UserError(f'{device} cannot be used: {problem}', fix)
+
+
+def on_gpu():
+    """Whether a GPU is open."""
+    return 'theano.gpuarray' in sys.modules and bool(theano.gpuarray.type.list_contexts())
+
+
+def never_wait():
+    """Spare a GPU transfers and waits that Theano's Ops make at each call, and sums that keep one core of it busy."""
+    from_host, reduction, gather = (getattr(theano.gpuarray.opt, f'Gpu{name}') for name in (
+        'FromHost', 'CAReduceCuda', 'AdvancedSubtensor1'))
+
+    class Kept(theano.Op):
+        """A scalar or vector on the GPU, sent when it has changed: sizes and weights do so from phase to phase only."""
+        value = None
+
+        def make_node(self, numbers):
+            copy = from_host(None)(numbers).type()
+            copy.tag.indestructible = True                              # by Ops that work in place
+            return theano.Apply(self, [numbers], [copy])
+
+        def perform(self, node, inputs, outputs):
+            if not np.array_equal(self.value, inputs[0]):
+                self.value = np.array(inputs[0])
+                self.array = theano.gpuarray.pygpu.array(self.value, context=node.outputs[0].type.context)
+            outputs[0][0] = self.array
+
+    @theano.gof.local_optimizer([from_host])
+    def keep(node):
+        return [Kept()(*node.inputs)] if isinstance(node.op, from_host) and node.inputs[0].ndim < 2 else None
+
+    @theano.gof.local_optimizer([reduction])
+    def reduce_in_stages(node):                                         # one block of threads would sum over all axes
+        if isinstance(node.op, reduction) and all(node.op.reduce_mask) and node.inputs[0].ndim > 2:
+            op, kinds = node.op, dict(dtype=node.op.dtype, acc_dtype=node.op.acc_dtype)
+            rows = reduction(op.scalar_op, (node.inputs[0].ndim - 1,), pre_scalar_op=op.pre_scalar_op, **kinds)
+            return [reduction(op.scalar_op, **kinds)(rows(*node.inputs))]
+    for name, optimiser in dict(keep=keep, reduce_in_stages=reduce_in_stages).items():
+        theano.compile.optdb.register(name, theano.gof.opt.in2out(optimiser), 72, 'fast_run', 'gpuarray')
+
+    code = gather.c_code                                                # it waits for a check of the indices
+    gather.c_code = lambda *arguments: code(*arguments).replace('->ga, 1)', '->ga, 0)')
+    gather.c_code_cache_version = lambda self: (1, 0)
 
 
 # ---- engine ----------------------------------------------------------------------------------------------------------
@@ -2574,6 +2633,125 @@ class MatchingOp(CompiledOp):
         return self.call('matching', [*inputs, *missing, *(f'&{output}' for output in outputs), *missing], sub)
 
 
+class GpuOp:
+    """Base of the Ops on a GPU: a few kernels of ours, and the GPU's BLAS."""
+
+    props = ()
+
+    def apply(self, inputs, outputs):
+        """The Apply node with `outputs` of these kinds, (dtype, dimensions)."""
+        ops = theano.gpuarray.basic_ops
+        return theano.Apply(self, [ops.gpu_contiguous(ops.as_gpuarray_variable(variable, None)) for variable in inputs],
+                            [ops.GpuArrayType(kind, dimensions * (False,))() for kind, dimensions in outputs])
+
+    def perform(self, node, inputs, outputs):
+        inputs = [array.copy() if array.offset else array for array in inputs]              # kernels take no offset
+        for storage, result in zip(outputs, self.compute(*inputs)):
+            storage[0] = result
+
+
+def empty(like, *shape, kind='float32'):
+    """A new array on the GPU where the array `like` is."""
+    return theano.gpuarray.pygpu.empty(shape, kind, context=like.context)
+
+
+def multiply(A, B, C, **how):
+    """The product of matrices A and B, or with ``beta=1`` C and it, in place of C, all on a GPU."""
+    theano.gpuarray.pygpu.blas.gemm(1, A, B, how.pop('beta', 0), C, overwrite_c=True, **how)
+
+
+def launch(name, blocks, threads, *arguments):
+    """Launch a kernel of `KERNELS` with arrays and numbers below 2^32."""
+    arrays = sum(isinstance(argument, type(arguments[0])) for argument in arguments)
+    kernel(arguments[0].context, name, arrays, len(arguments) - arrays)(*arguments, gs=blocks, ls=threads)
+
+
+@functools.cache
+def kernel(context, name, arrays, numbers):
+    """A kernel of `KERNELS`, compiled."""
+    pygpu = theano.gpuarray.pygpu.gpuarray
+    return pygpu.GpuKernel(KERNELS, name, arrays * [pygpu.GpuArray] + numbers * ['uint32'], context=context)
+
+
+STRIP = 1 << 23                                                       # numbers of a strip in `GpuConvolution`: 32 MB
+
+
+class GpuConvolutionOp(GpuOp):
+    """`Convolution` on a GPU: a sum of nine products, of shifted pixels and each a ninth of the filters.
+
+    A strip of the image is stored with a border of zeros, so that a shift of its pixels is one of the rows of a matrix.
+    The columns of im2col would take nine times the memory of the image.
+    """
+
+    props = 'pool', 'backward'
+
+    def __init__(self, pool=False, backward=False):
+        self.pool, self.backward = pool, backward
+
+    def make_node(self, *inputs):
+        """Forward x (H, W, C), filters (9, C, K), bias (K,); backward dy, y (H, W, K), filters, x."""
+        return self.apply(inputs, [('float32', 3)])
+
+    def L_op(self, inputs, outputs, gradients):
+        x, ninths, _ = inputs
+        dx = GpuConvolution(self.pool, True)(gradients[0], outputs[0], ninths, x)
+        return [dx] + [theano.gradient.grad_undefined(self, k, inputs[k]) for k in (1, 2)]
+
+    def compute(self, x, *others):
+        (H, W, C), pool, back, ninths = x.shape, self.pool, self.backward, others[self.backward]
+        if pool and not back:
+            H, W = H // 2, W // 2
+        y = empty(x, *(others[2].shape[:2] if back else (H, W)), ninths.shape[1 if back else 2])
+        (height, width, K), double = y.shape, pool and back
+        lines = max(1, min(H, STRIP // ((W + 2) * max(C, K))))
+        padded, sums = empty(x, (lines + 2) * (W + 2) + 2, C), empty(x, lines * (W + 2), K)
+        for top in range(0, H, lines):
+            n = min(lines, H - top) * (W + 2)                           # pixels, with two of the border in each line
+            launch('pad', n + 2 * (W + 2) + 2, 64, x, others[0], padded, top, H, W, C, x.shape[1], pool > back, back)
+            for k in range(9):
+                part, first = ninths[8 - k if back else k], k // 3 * (W + 2) + k % 3
+                multiply(padded[first:first + n], part, sums[:n], trans_b=back, beta=k > 0)
+            bottom = top + lines << double if top + lines < H else height
+            blocks = (bottom - (top << double)) * width
+            launch('crop', blocks, 64, sums, others[1], y, top, H, W, K, width, double, not back)
+        return [y]
+
+
+class GpuMatchingOp(GpuOp):
+    """`Matching` on a GPU: products of pixels by its BLAS, and the best of their sums by a kernel.
+
+    Parameters
+    ----------
+    slices : int
+        Least number of batches into which rows of style patches are split, to save memory; matches do not depend on it.
+    """
+
+    props = 'slices',
+
+    def __init__(self, slices):
+        self.slices = slices
+
+    def make_node(self, u, v, a, b, *penalty):
+        """Inputs and outputs are those of `Matching`, on the GPU."""
+        return self.apply((u, v, a, b, *penalty), [('int64', 1)] + [('float32', 1) for _ in penalty])
+
+    def compute(self, u, v, a, b, *penalty):
+        (H, W, D), (h, w, _) = u.shape, v.shape
+        # A matrix has less than 2^31 numbers: cuBLAS counts them in 32 bits.
+        rows = max(1, min(math.ceil((h - 2) / self.slices), ((1 << 31) - 1) // (H * W * w) - 2))
+        count, u, v = (H - 2) * (W - 2), u.reshape((H * W, D)), v.reshape((h * w, D))
+        products, best, matches = empty(u, H * W, (rows + 2) * w), empty(u, count), empty(u, count, kind='int64')
+        history = [empty(u, (h - 2) * (w - 2)) for _ in penalty]
+        for first in range(0, h - 2, rows):
+            first = min(first, h - 2 - rows)                            # the last batch may overlap the one before
+            multiply(u, v[first * w:(first + rows + 2) * w], products, trans_b=True)
+            numbers = H, W, w, rows, first, a.size > 0
+            launch('best_patch', count, 256, products, a, b, *(penalty or [b]), best, matches, *numbers, len(penalty))
+            if history:
+                launch('best_score', math.ceil(rows * w / 256), 256, products, a, b, *history, *numbers)
+        return [matches, *history]
+
+
 class NearMatchingOp(CompiledOp):
     """Nearly the matches of `Matching`, without a penalty, in linear time from a guess: PatchMatch [BSFG09].
 
@@ -2651,16 +2829,16 @@ class Remembered:
 
 
 def define_ops():
-    """Define the Ops `Convolution`, `Matching`, `NearMatching` once Theano, which has their base class, is imported.
+    """Define the Ops of the CPU and of a GPU once Theano, which has their base class, is imported.
 
     Theano's compile cache uses the pickled name of an Op, so that the module is `doodle` also when it is __main__.
     """
-    global Convolution, Matching, NearMatching
+    global Convolution, Matching, NearMatching, GpuConvolution, GpuMatching
     if 'Matching' not in globals():
         sys.modules.setdefault('doodle', sys.modules[__name__])
-        Convolution, Matching, NearMatching = (
+        Convolution, Matching, NearMatching, GpuConvolution, GpuMatching = (
             type(theano.Op)(kind.__name__[:-2], (kind, theano.Op), dict(__props__=kind.props, __module__='doodle'))
-            for kind in (ConvolutionOp, MatchingOp, NearMatchingOp))
+            for kind in (ConvolutionOp, MatchingOp, NearMatchingOp, GpuConvolutionOp, GpuMatchingOp))
 
 
 def fast_convolution(W, b, pool):
@@ -2679,17 +2857,32 @@ def fast_convolution(W, b, pool):
     return lambda x, *_, **__: Convolution(pool)(x.dimshuffle(2, 3, 1), *constants).dimshuffle('x', 2, 0, 1)
 
 
-def fast_match(u, v, slices, variety=None, history=None, scale=None, start=None):
-    """`match` by the engine, which stores so few products at a time that `slices` is not needed.
+def gpu_convolution(W, b, pool):
+    """`fast_convolution` on a GPU."""
+    W = np.ascontiguousarray(W.transpose(2, 3, 1, 0).reshape(9, W.shape[1], -1))
+    ninths, bias = (theano.shared(np.float32(array)) for array in (W, b))
+    return lambda x, *_, **__: GpuConvolution(pool)(x.dimshuffle(2, 3, 1), ninths, bias).dimshuffle('x', 2, 0, 1)
 
-    It is faster with a `start`, the matches of a similar image; those of another size are left out.
-    """
+
+def match_by(op, u, v, variety, history, scale):
+    """`match` by an Op, whose scores are without the factor of a ninth."""
     a, b = scale or 2 * [np.zeros(0, np.float32)]
-    start = np.zeros(0, np.int64) if start is None else start
     if history is None:
-        return Matching()(u, v, a, b, start), None
-    matches, best = Matching()(u, v, a, b, start, np.float32(9) * variety * history)
+        return op(u, v, a, b), None
+    matches, best = op(u, v, a, b, np.float32(9) * variety * history)
     return matches, best / np.float32(9)
+
+
+def fast_match(u, v, variety=None, history=None, scale=None, start=None):
+    """`match` by the engine, faster with a `start`: the matches of a similar image; those of another size are left out.
+    """
+    start = np.zeros(0, np.int64) if start is None else start
+    return match_by(lambda u, v, a, b, *penalty: Matching()(u, v, a, b, start, *penalty), u, v, variety, history, scale)
+
+
+def gpu_match(slices, u, v, variety=None, history=None, scale=None):
+    """`match` on a GPU, in at least so many slices."""
+    return match_by(GpuMatching(slices), u, v, variety, history, scale)
 
 
 # Sweeps of `NearMatching` in the first search of a phase, and in each later one.
@@ -2769,14 +2962,22 @@ def enlarged_matches(matches, old, new):
 
 
 def depth_first(graph):
-    """Schedule of a graph's nodes, each just before its result is used: Theano's default order holds more arrays."""
-    order, stack = {}, [variable.owner for variable in reversed(graph.outputs) if variable.owner]
+    """Schedule of a graph's nodes, the last output first: each just before its result is used, but sums at once.
+
+    Theano's own order holds more arrays, such as the nine differences of `style_loss` until all are summed.
+    """
+    def add(node):
+        order[node] = True
+        for client in dict.fromkeys(client for variable in node.outputs for client, _ in variable.clients):
+            if client != 'output' and isinstance(client.op, T.elemwise.CAReduce) and len(client.inputs) == 1:
+                add(client)
+    order, stack = {}, [variable.owner for variable in graph.outputs if variable.owner]
     before = graph.orderings()                                          # readers of what an in-place node overwrites
     while stack:
         needed = [variable.owner for variable in stack[-1].inputs] + list(before.get(stack[-1], ()))
         needed = [node for node in needed if node and node not in order]
         if not needed:
-            order[stack.pop()] = True
+            add(stack.pop())
         stack += needed[::-1]
     return list(order)
 
@@ -4456,8 +4657,8 @@ class Journal:
         for layer, term in objective.style.items():
             self.say(f'  - Style layer {layer}: {term.describe()}.')
         for layer, target in objective.target.items():
-            f = target.get_value(borrow=True)
-            self.say(f'  - Content layer conv{layer}: {f.shape[2]} features in {f.nbytes // 1000:,}kb.')
+            shape = target.get_value(borrow=True, return_internal_type=True).shape
+            self.say(f'  - Content layer conv{layer}: {shape[2]} features in {4 * math.prod(shape) // 1000:,}kb.')
         self.say('')
         self.since = time.time()
         self.names = ['total', *(f'content conv{layer}' for layer in objective.target),
@@ -5402,6 +5603,92 @@ static void near_matching(PyArrayObject *image, PyArrayObject *style, PyArrayObj
     }
 }
 '''
+
+
+# The kernels of the Ops on a GPU, in what is common to the C of CUDA and of OpenCL.
+KERNELS = r'''#include "cluda.h"
+
+// From the line `top` on, the image x (., width, C), or means of 2x2 of its pixels, as H lines of W pixels in a border
+// of zeros; where y (H, W, C) was not positive, zero too.
+KERNEL void pad(GLOBAL_MEM const float *x, GLOBAL_MEM const float *y, GLOBAL_MEM float *padded,
+                ga_uint top, ga_uint H, ga_uint W, ga_uint C, ga_uint width, ga_uint pool, ga_uint masked) {
+    ga_uint row = top + GID_0 / (W + 2) - 1, column = GID_0 % (W + 2) - 1;
+    for (ga_uint c = LID_0; c < C; c += LDIM_0) {
+        float value = 0;
+        if (row < H && column < W && !(masked && y[((ga_size)row * W + column) * C + c] <= 0)) {
+            GLOBAL_MEM const float *from = x + ((ga_size)(row << pool) * width + (column << pool)) * C + c;
+            value = *from;
+            if (pool) value = (value + from[C] + from[(ga_size)width * C] + from[(ga_size)width * C + C]) / 4;
+        }
+        padded[(ga_size)GID_0 * C + c] = value;
+    }
+}
+
+// The inverse, from `sums` (H, W + 2, C) to y (., width, C): of 2x2 pixels each has a quarter of the mean's.
+KERNEL void crop(GLOBAL_MEM const float *sums, GLOBAL_MEM const float *bias, GLOBAL_MEM float *y,
+                 ga_uint top, ga_uint H, ga_uint W, ga_uint C, ga_uint width, ga_uint pool, ga_uint rectified) {
+    ga_uint row = top + (GID_0 / width >> pool), column = GID_0 % width >> pool;
+    y += (ga_size)(top << pool) * width * C;
+    for (ga_uint c = LID_0; c < C; c += LDIM_0) {
+        float value = row < H && column < W ? sums[((ga_size)(row - top) * (W + 2) + column) * C + c] : 0;
+        if (rectified) value = value + bias[c] < 0 ? 0 : value + bias[c];
+        y[(ga_size)GID_0 * C + c] = pool ? value / 4 : value;
+    }
+}
+
+// The sum of nine products of pixels, of `products` of the pixels of the image and of some rows of the style's.
+WITHIN_KERNEL float score(GLOBAL_MEM const float *products, ga_uint W, ga_uint w, ga_uint columns) {
+    float sum = 0;
+    for (ga_uint y = 0; y < 3; y++)
+        for (ga_uint x = 0; x < 3; x++) sum += products[(ga_size)(y * W + x) * columns + y * w + x];
+    return sum;
+}
+
+#define NOTHING (-3.4e38f)
+
+// The best patch j of `rows` rows from the row `first` on, or of those before, for each i; a block for each i.
+KERNEL void best_patch(GLOBAL_MEM const float *products, GLOBAL_MEM const float *a, GLOBAL_MEM const float *b,
+                       GLOBAL_MEM const float *penalty, GLOBAL_MEM float *best, GLOBAL_MEM ga_long *matches,
+                       ga_uint H, ga_uint W, ga_uint w, ga_uint rows, ga_uint first, ga_uint scaled, ga_uint varied) {
+    LOCAL_MEM float scores[256];
+    LOCAL_MEM ga_uint patches[256];
+    ga_uint i = GID_0, t = LID_0, columns = (rows + 2) * w, patch = 0;
+    float most = NOTHING;
+    products += (ga_size)(i / (W - 2) * W + i % (W - 2)) * columns;
+    for (ga_uint q = t; q < rows * w; q += LDIM_0) {
+        ga_uint j = first * (w - 2) + q - q / w * 2;
+        if (q % w >= w - 2 || (scaled && !(b[j] > 0))) continue;
+        float S = score(products + q, W, w, columns);
+        if (scaled) S *= a[i] * b[j];
+        if (varied) S -= penalty[j];
+        if (S > most) most = S, patch = j;
+    }
+    scores[t] = most, patches[t] = patch;
+    for (ga_uint rest = LDIM_0 / 2; rest; rest /= 2) {
+        local_barrier();
+        ga_uint o = t + rest;
+        if (t < rest && (scores[o] > scores[t] || (scores[o] == scores[t] && patches[o] < patches[t])))
+            scores[t] = scores[o], patches[t] = patches[o];
+    }
+    if (t == 0 && (first == 0 || scores[0] > best[i])) best[i] = scores[0], matches[i] = patches[0];
+}
+
+// The best score of any i for each j of these rows, without penalty; a thread for each j.
+KERNEL void best_score(GLOBAL_MEM const float *products, GLOBAL_MEM const float *a, GLOBAL_MEM const float *b,
+                       GLOBAL_MEM float *best, ga_uint H, ga_uint W, ga_uint w, ga_uint rows, ga_uint first,
+                       ga_uint scaled) {
+    ga_uint q = GID_0 * LDIM_0 + LID_0, columns = (rows + 2) * w, j = first * (w - 2) + q - q / w * 2;
+    float most = NOTHING;
+    if (q >= rows * w || q % w >= w - 2) return;
+    for (ga_uint i = 0; i < (H - 2) * (W - 2); i++) {
+        float S = score(products + (ga_size)(i / (W - 2) * W + i % (W - 2)) * columns + q, W, w, columns);
+        if (scaled) S *= a[i] * b[j];
+        if (S > most) most = S;
+    }
+    best[j] = most;
+}
+'''
+
 
 # ---- main ------------------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ def measures(weights):
     names = list(dict.fromkeys([*GRAMS, *PATCHES, CONTENT]))
     network = doodle.build_network(weights, names, fast=True)
     f, g = doodle.features(network, x, names), doodle.features(network, y, names)
-    j = [doodle.fast_match(doodle.unit(f[layer]), doodle.unit(g[layer]), 1)[0] for layer in PATCHES]
+    j = [doodle.fast_match(doodle.unit(f[layer]), doodle.unit(g[layer]))[0] for layer in PATCHES]
     content = square[CONTENT] * doodle.content_loss(f[CONTENT], target)
     patches = [square[layer] * doodle.style_loss(f[layer], g[layer], matches) for layer, matches in zip(PATCHES, j)]
     grams = sum(square[layer] ** 2 * doodle.gram_loss(f[layer], doodle.gram(g[layer])) for layer in GRAMS) / len(GRAMS)

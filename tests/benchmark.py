@@ -72,7 +72,7 @@ class Ours:
         f = doodle.features(doodle.build_network(self.weights, ['4_2'], self.fast), x, ['4_2'])['4_2']
         self.network = doodle.theano.function([x], doodle.theano.grad(doodle.T.sum(f ** 2), x))
         u = {layer: doodle.T.tensor3() for layer in self.objective.style}
-        self.search = doodle.theano.function(list(u.values()), [find(u[layer], term.keys, self.options.slices)[0]
+        self.search = doodle.theano.function(list(u.values()), [find(u[layer], term.keys)[0]
                                                                 for layer, term in self.objective.style.items()])
 
     def evaluate(self, x):

@@ -56,8 +56,8 @@ def test_convolution_refuses_what_does_not_fit(doodle):
 def found(doodle):
     """Matches, and with a history the new one, by arrays u (H, W, D), v (h, w, D) and variety 0.3."""
     u, v, history = doodle.T.tensor3(), doodle.T.tensor3(), doodle.T.vector()
-    plain = doodle.theano.function([u, v], doodle.fast_match(u, v, 1)[0])
-    varied = doodle.theano.function([u, v, history], doodle.fast_match(u, v, 1, np.float32(0.3), history))
+    plain = doodle.theano.function([u, v], doodle.fast_match(u, v)[0])
+    varied = doodle.theano.function([u, v, history], doodle.fast_match(u, v, np.float32(0.3), history))
     return lambda u, v, *history: varied(u, v, *history) if history else plain(u, v)
 
 
@@ -97,8 +97,8 @@ def test_matches_from_a_start_are_those_without_by_any_number_of_threads(doodle,
     """Though from a start most pairs are left out by bounds in bytes, where the processor can."""
     T, rng, omp = doodle.T, np.random.default_rng(4), ctypes.CDLL('libgomp.so.1')
     u, v, start, H, W, h, w = T.tensor3(), T.tensor3(), T.lvector(), 17, 23, 21, 14
-    plain = doodle.theano.function([u, v], doodle.fast_match(u, v, 1)[0])
-    begun = doodle.theano.function([u, v, start], doodle.fast_match(u, v, 1, start=start)[0])
+    plain = doodle.theano.function([u, v], doodle.fast_match(u, v)[0])
+    begun = doodle.theano.function([u, v, start], doodle.fast_match(u, v, start=start)[0])
     p, q = (with_maps(rng, KEYS[kind](rng, (*size, 192)), 5) for size in ((H, W), (h, w)))
     p[5:9, 5:9] = q[3:7, 2:6] = q[11:15, 8:12]                          # two patches match as well
     j, before = plain(p, q), omp.omp_get_max_threads()
@@ -121,7 +121,7 @@ def test_matches_at_every_image_of_a_run_are_those_without_a_start(doodle, tmp_p
     f, found, compared = doodle.T.tensor3(), {}, 0
     for layer, term in engine.style.items():
         u = term.key(f)
-        found[layer] = doodle.theano.function([f], [u, doodle.fast_match(u, term.keys, 1)[0]])
+        found[layer] = doodle.theano.function([f], [u, doodle.fast_match(u, term.keys)[0]])
 
     def evaluate(x):
         nonlocal compared
@@ -158,7 +158,7 @@ def test_cores_are_those_of_the_cpu_set_and_the_cgroup(doodle, monkeypatch, file
 
 @pytest.mark.slow
 @pytest.mark.parametrize('evaluations, choices', [
-    (60, ['--slices=3']), (12, ['--rotations=1']), (20, ['--method=li-wand', '--rotations=0', '--scales=1'])])
+    (60, []), (12, ['--rotations=1']), (20, ['--method=li-wand', '--rotations=0', '--scales=1'])])
 def test_a_whole_run_is_that_of_the_plain_formulas(doodle, tmp_path, evaluations, choices):
     """At every image the engine's losses, matches and gradient are those of the plain graph."""
     weights, _ = doodle.read_weights(str(ROOT / 'vgg16.npz'))
@@ -169,8 +169,7 @@ def test_a_whole_run_is_that_of_the_plain_formulas(doodle, tmp_path, evaluations
     size, style_size = (48, 56), (62, 54)
     content, style = (doodle.to_planes(doodle.resized(picture, to, doodle.Image.LANCZOS))
                       for picture, to in ((inputs.content, size), (inputs.style, style_size)))
-    engine, plain = (doodle.Objective(weights, options, True, inputs.style_map is not None, fast,
-                                      slices=options.slices or 1)
+    engine, plain = (doodle.Objective(weights, options, True, inputs.style_map is not None, fast)
                      for fast in (True, False))
     for objective in (engine, plain):
         objective.set_phase(content, style, inputs.content_map, inputs.style_map, size)

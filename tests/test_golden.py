@@ -26,8 +26,7 @@ def objective_for(doodle):
         if key not in made:
             layers = {name[4:]: pair for name, pair in golden_data.weights(kind).items()}
             weights = doodle.Weights('vgg19', layers, kind, '')
-            made[key] = doodle.Objective(weights, options, inputs.content is not None, maps, fast,
-                                         slices=options.slices or 1)
+            made[key] = doodle.Objective(weights, options, inputs.content is not None, maps, fast)
         made[key].options = options
         return made[key]
     return objective

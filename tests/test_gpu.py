@@ -78,18 +78,6 @@ def test_a_run_names_the_gpu_and_takes_slices_by_its_memory(run, path, tmp_path)
     assert [entry['matching_seconds'] for entry in log] == [None, None] and (tmp_path / 'output.png').is_file()
 
 
-def test_slices_fit_the_memory(doodle):
-    image, style, layers = (1200, 800), (1000, 900), ['3_1', '4_1']
-    before, rows = 0, 900 // 4 - 2
-    for memory in (1 << 37, 1 << 34, 1 << 33, 1 << 31, 1 << 29, 1 << 20):
-        slices = doodle.fitting_slices(image, style, layers, memory)
-        pixels = -(-rows // slices) + 2
-        assert 3 * 4 * 300 * 200 * 250 * pixels <= min(memory, 1 << 34) / 4 or slices == rows
-        assert before <= slices <= rows
-        before = slices
-    assert slices == rows and doodle.fitting_slices((64, 64), (64, 64), layers, 1 << 33) == 1
-
-
 # ---- CUDA that cannot be used ----------------------------------------------------------------------------------------
 
 def make_nvidia(folder, driver, compiler, cards):

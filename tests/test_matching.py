@@ -1,6 +1,5 @@
 """match() against brute force over patches (twin.py)."""
 import functools
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,17 +9,17 @@ import twin
 
 @pytest.fixture(scope='module')
 def found(doodle):
-    """Matches and new history, by NumPy arrays: u (H, W, D), v (h, w, D), a number of slices, variety, history."""
+    """Matches and new history, by NumPy arrays: u (H, W, D), v (h, w, D), variety, history."""
     @functools.cache
-    def function(slices, variety):
+    def function(variety):
         u, v, history = doodle.T.tensor3(), doodle.T.tensor3(), doodle.T.vector()
         if variety:
-            return doodle.theano.function([u, v, history], doodle.match(u, v, slices, variety, history))
-        matches, _ = doodle.match(u, v, slices)
+            return doodle.theano.function([u, v, history], doodle.match(u, v, variety, history))
+        matches, _ = doodle.match(u, v)
         return doodle.theano.function([u, v], matches)
 
-    def call(u, v, slices=2, variety=0., history=None):
-        return function(slices, variety)(np.float32(u), np.float32(v), *([np.float32(history)] if variety else []))
+    def call(u, v, variety=0., history=None):
+        return function(variety)(np.float32(u), np.float32(v), *([np.float32(history)] if variety else []))
     return call
 
 
@@ -45,44 +44,19 @@ def test_matches_are_those_of_brute_force(found, image, style):
     assert_best(S, found(u, v))
 
 
-def test_any_number_of_slices_drops_no_patch_and_gives_the_same_matches(found):  # fault 7
-    rng = np.random.default_rng(1)
-    u, v = rng.normal(size=(9, 8, 4)), rng.normal(size=(8, 9, 4))
-    v[-3:, -3:] = u[3:6, 2:5]                                               # the very last style patch is a copy
-    reference = found(u, v, 1)
-    assert reference[3 * 6 + 2] == 6 * 7 - 1
-    for slices in (2, 3, 7):
-        assert (found(u, v, slices) == reference).all(), slices
-
-
-@pytest.mark.slow
-def test_slices_bound_the_memory(found):
-    """The batches' scores are not alive at once, as they would be in the order that Theano chooses by itself."""
-    u, v, history, peak = np.ones((42, 42, 8)), np.ones((42, 42, 8)), np.zeros(40 * 40), {}
-    for slices in (1, 16):
-        found(u, v, slices, 1., history)
-        tracemalloc.start()
-        found(u, v, slices, 1., history)
-        peak[slices] = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert peak[16] < peak[1] / 4
-
-
 def test_of_equal_scores_the_first_wins(found):
     u, v = np.ones((4, 4, 2)), np.ones((6, 5, 2))
-    for slices in (1, 3):
-        assert (found(u, v, slices) == 0).all()
+    assert (found(u, v) == 0).all()
 
 
-@pytest.mark.parametrize('slices', [1, 3])
-def test_variety_takes_the_last_best_scores_off_and_returns_the_new_ones(found, slices):
+def test_variety_takes_the_last_best_scores_off_and_returns_the_new_ones(found):
     rng = np.random.default_rng(2)
     u, v = rng.random((8, 9, 4)), rng.random((7, 8, 4))
     S, history = brute_force(u, v), rng.random(5 * 6)                       # (j, i)
-    j, new = found(u, v, slices, 0.5, history)
+    j, new = found(u, v, 0.5, history)
     assert_best(S - 0.5 * history[:, None], j)
     np.testing.assert_allclose(new, S.max(axis=1), rtol=1e-5)
-    assert (j != found(u, v, slices)).any()
+    assert (j != found(u, v)).any()
 
 
 def key(doodle, f, m, w):
@@ -120,7 +94,7 @@ def test_whole_patches_match_by_their_cosine_in_every_copy_and_across_no_seam(do
     f[6:, 4:] = g[5:8, 2:5]                                                 # would match best across the first seam
     T, b = doodle.T, doodle.theano.function([], doodle.patch_scale(doodle.theano.shared(g)))() * whole
     u, history = doodle.theano.shared(f), np.float32(rng.random(len(whole)))
-    matches, new = getattr(doodle, find)(u, doodle.theano.shared(g), 3, *([np.float32(variety), T.as_tensor_variable(
+    matches, new = getattr(doodle, find)(u, doodle.theano.shared(g), *([np.float32(variety), T.as_tensor_variable(
         history)] if variety else [None, None]), scale=(doodle.patch_scale(u), T.as_tensor_variable(b)))
     j, *new = doodle.theano.function([], [matches, new] if variety else [matches])()
 

@@ -641,7 +641,7 @@ def test_a_signal_after_the_last_evaluation_changes_nothing(doodle, painted, mon
 def test_a_signal_is_heard_in_the_midst_of_matching_and_the_next_call_is_right(doodle):
     """What takes a minute here takes 20 seconds of an evaluation at 1024x1024."""
     u, v = doodle.T.tensor3(), doodle.T.tensor3()
-    matches, rng = doodle.theano.function([u, v], doodle.fast_match(u, v, 1)[0]), np.random.default_rng(0)
+    matches, rng = doodle.theano.function([u, v], doodle.fast_match(u, v)[0]), np.random.default_rng(0)
     large, small, other = (rng.random(shape, dtype=np.float32) for shape in ((400, 400, 64), (9, 8, 64), (7, 11, 64)))
 
     def handler(number, frame):
