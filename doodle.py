@@ -232,13 +232,14 @@ METHODS = {
 
 parse_method, parse_network, parse_switch = one_of(*METHODS), one_of('vgg19', 'vgg16'), one_of(0, 1)
 parse_steps, parse_search = one_of(*range(13)), one_of('exact', 'near')  # 12 steps: 90 degrees, or a factor of 0.4
+parse_line_search = one_of('fresh', 'held')
 parse_weight, parse_bias = up_to('1e20'), up_to('1e6')                # keep losses finite, features above rounding
 
 # Placeholders of values in --help.
 VALUES = {parse_path: 'PATH', str: 'EXT', parse_size: 'WxH', parse_natural: 'N', parse_whole: 'N', parse_seed: 'SEED',
           parse_parts: 'N|faces', parse_range: 'LO:HI', parse_method: 'NAME', parse_weight: 'X', parse_layers: 'LAYERS',
           parse_scale: 'X', parse_bias: 'X', parse_steps: 'N', parse_switch: '0|1', parse_search: 'NAME',
-          parse_device: 'DEVICE', parse_network: 'NAME'}
+          parse_device: 'DEVICE', parse_network: 'NAME', parse_line_search: 'NAME'}
 
 SAME, FREE = 'same', 'free'                                           # on --resume: must be as before, or may differ
 
@@ -274,6 +275,7 @@ OPTIONS = {'pictures': (
 ), 'optimisation': (
     ('--phases',          SAME, parse_natural, '3',           'number of scales, each twice the one before'),
     ('--iterations',      SAME, parse_natural, '100',         'evaluations of the loss in each phase, at most'),
+    ('--line-search',     SAME, parse_line_search, 'fresh',   'fresh, or held: few new matches in a line search'),
     ('--stop-when-converged', FREE, parse_switch, '1',        '0: go on also where a phase can only repeat itself'),
 ), 'machine and files': (
     ('--device',          FREE, parse_device,  'cpu',         'cpu, gpu0, gpu1, ..; also cuda0, opencl0:0'),
@@ -353,6 +355,10 @@ def parse_options(arguments):
     if options.matching == 'near' and (options.variety or not style_term(options).patched):
         raise UserError('--matching=near is for patches, and not for --variety, which needs all their scores.',
                         'leave one of them out')
+    if options.line_search == 'held' and (options.variety or options.cache or options.matching == 'near' or
+                                          not style_term(options).patched):
+        raise UserError('--line-search=held is for matches that the image alone tells, which --variety, --cache=1, '
+                        '--matching=near and --method=gatys do not have.', 'leave one of them out')
     if not options.style:
         raise UserError('No style picture was given.', f'add --style PATH; to see one at work: {SAMPLE}')
     return options
@@ -913,7 +919,7 @@ class Objective:
         self.matching = self.compiled(x, f, {layer: matches for layer, (matches, _) in found.items()},
                                       [update for _, updates in found.values() for update in updates])
         self.cached = self.matching
-        if options.cache:
+        if options.cache or options.line_search == 'held':
             self.cached = self.compiled(x, f, {layer: term.matches for layer, term in self.style.items()}, [])
 
     def compiled(self, x, f, matches, updates):
@@ -974,8 +980,8 @@ class Objective:
             m = pooled_map(content_map, size, layer) if self.semantic else None
             term.set(self.prepare, g, whole, None if seen is None else seen[:, :, 0] > 0, m, pooled(maps, layer))
 
-    def __call__(self, x):
-        """The `Evaluation` of the image `x` (3, H, W).
+    def __call__(self, x, held=False):
+        """The `Evaluation` of the image `x` (3, H, W), with the matches as they are if they are to be `held`.
 
         Raises
         ------
@@ -985,7 +991,7 @@ class Objective:
         start, matched, x = time.perf_counter(), self.matching_seconds(), np.float32(x)
         if self.fresh and self.options.variety and not self.options.cache:
             self.matching(x)                                            # for the first h(j)
-        terms, gradient = (self.matching if self.fresh else self.cached)(x)
+        terms, gradient = (self.cached if held or self.options.cache and not self.fresh else self.matching)(x)
         if not np.isfinite(terms).all() or not np.isfinite(gradient).all():
             raise FloatingPointError('the loss or its gradient is not finite')
         self.fresh = False
@@ -1048,9 +1054,11 @@ class Minimiser:
 
     CORRECTIONS = 5                                                     # pairs of steps and gradient changes in memory
     NEW_X, EVALUATE = 1, 3                                              # values of `task[0]`
+    FRESH = 2                                                           # evaluations of a line search not `held`
+    TRIAL, BEFORE, SLOPE = 35, 1, 10    # places: a line search's evaluations in `integers`; loss and slope in `doubles`
 
     def __init__(self, image):
-        self.image, self.limit, self.recovered = np.float64(image), math.inf, False
+        self.image, self.limit, self.recovered, self.holds = np.float64(image), math.inf, False, False
         self.start()
 
     def start(self):
@@ -1073,6 +1081,8 @@ class Minimiser:
                 return
             if self.task[0] == self.NEW_X:
                 self.image = self.x.reshape(self.image.shape).copy()
+                if self.holds and self.integers[self.TRIAL] > self.FRESH:
+                    return
             else:
                 self.start()
 
@@ -1094,7 +1104,20 @@ class Minimiser:
             raise FloatingPointError('the loss blew up')
         self.limit = min(self.limit, 1e6 * max(1, loss))
         self.loss, self.gradient = loss, gradient.ravel()
+        if self.task[0] == self.NEW_X:
+            self.renew()
         self.advance()
+
+    def renew(self):
+        """Replace loss and slope of the image that is accepted, which the routine has with the matches held."""
+        at = self.integers[12]                                          # the line search's direction
+        self.doubles[self.SLOPE] = self.gradient @ self.work[at:at + self.x.size]
+        # New matches may raise the loss above that before, and then the routine would end and lose its memory.
+        self.doubles[self.BEFORE] = max(self.doubles[self.BEFORE], np.nextafter(self.loss, math.inf))
+
+    def held(self):
+        """Whether the matches of `image`, where this line search began, are to be held for the next evaluation."""
+        return self.holds and self.task[0] == self.EVALUATE and self.integers[self.TRIAL] > self.FRESH
 
     def recover(self, error):
         """Restart from `image` after the first `FloatingPointError`; raise the second."""
@@ -1133,7 +1156,8 @@ class Minimiser:
         (head, columns, tail, _, updates), free = numbers[26:31], numbers[37]
         free_first, where, entering = state['indices'].reshape(3, n)
         started = task != (0, 0)
-        if not (task in ((0, 0), (3, 301), (3, 302)) and (numbers[:16] == np.multiply(places, started)).all() and
+        known = (0, 0), (3, 301), (3, 302), *[(1, 0)] * bool(state['holds'])
+        if not (task in known and (numbers[:16] == np.multiply(places, started)).all() and
                 (state['logicals'][1:3] == started).all() and 0 <= head < m and 0 <= tail < m and
                 0 <= columns == min(updates, m) and 0 <= free <= n and -3 <= where.min() and where.max() <= 3 and
                 all(0 <= indices.min() and indices.max() < n for indices in (free_first, entering)) and
@@ -1185,6 +1209,7 @@ def paint(objective, inputs, options, at, journal, signals):
             at.begin(phase, enlarged(at.minimiser.image, size), objective)
         else:
             at.begin(phase, first_image(inputs, options, size, at.header['random_seed']), objective)
+        at.minimiser.holds = options.line_search == 'held'
         journal.begin(at, size, objective)
         while at.evaluation < options.iterations:
             journal.keep(at)
@@ -1209,7 +1234,8 @@ def evaluate(objective, at, journal, signals):
     x = at.minimiser.ask()
     try:
         with signals.heard():
-            evaluation = objective(x)
+            held = at.minimiser.held()
+            evaluation = objective.held(x, at.minimiser.image) if held else objective(x)
     except BaseException as error:                                      # matches may have been updated
         if isinstance(error, FloatingPointError):
             at.memory['fresh'] = np.array(True)                         # the restart needs new matches
@@ -2804,6 +2830,7 @@ class Remembered:
     def set_phase(self, *arguments):
         """`Objective.set_phase`, which makes all before invalid; its fifth argument is the size of the image."""
         self.kept, self.number, each = {}, 0, evaluation_memory(arguments[4], self.options)
+        self.image, self.lately = None, []
         self.objective.set_phase(*arguments)
         self.room = self.objective.pure and each and min(REMEMBERED, int(self.memory / each))
 
@@ -2825,7 +2852,19 @@ class Remembered:
         self.kept = {key: entry for key, entry in self.kept.items() if entry[0] > self.number - REMEMBERED}
         while len(self.kept) > self.room:
             del self.kept[min(self.kept)]
+        self.lately = [*self.lately[-2:], (key, state)]                 # this line search's first ones
         return evaluation
+
+    def held(self, x, image):
+        """The `Evaluation` of `x` with the matches of `image`, where the line search began."""
+        if self.image is not image:
+            key = hashlib.blake2b(np.float32(image)).digest()
+            self.image, self.matches = image, dict(self.lately).get(key)
+            if not self.matches:                                        # the run was just resumed
+                self.objective(image)
+                self.matches = self.objective.state()
+        self.objective.restore(self.matches)
+        return self.objective(x, held=True)
 
 
 def define_ops():

@@ -69,7 +69,7 @@ def made(folder):
         matches = {'matches 3_1': np.arange(9), 'history 3_1': np.zeros(7, np.float32), 'fresh': np.array(False)}
         path = os.path.join(folder, str(number))
         doodle.write_checkpoint(path, doodle.Checkpoint(header, 0, number, number, 9., folder, minimiser, matches,
-                                                        {minimiser.restart() or '': [1, 9.]}))
+                                                        restarts={minimiser.restart() or '': [1, 9.]}))
         yield header, path, go_on(minimiser)
 
 

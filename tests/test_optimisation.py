@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +129,69 @@ def test_a_loss_a_million_times_the_least_blows_up_and_is_recovered_from_once(do
         else:
             with pytest.raises(FloatingPointError):
                 minimiser.recover(error.value)
+
+
+class Jumping:
+    """A loss that jumps where a match changes: of each row to one of two others, with the matches of another image."""
+
+    def __init__(self):
+        self.targets, self.slope = (random(seed=8), random(seed=9)), np.random.default_rng(0).uniform(.1, 5, SHAPE)
+
+    def __call__(self, x, image):
+        chosen = np.where(image.sum(axis=2, keepdims=True) // 20 % 2 > 0, *self.targets)
+        return (self.slope * (x - chosen) ** 2).sum(), 2 * self.slope * (x - chosen)
+
+
+def searched(minimiser, evaluations):
+    """The kind of each evaluation, n(ew), h(eld) or, of what was accepted by held matches, a(fresh); the images."""
+    loss, kinds, asked = Jumping(), '', []
+    for _ in range(evaluations):
+        x, held, accepted = minimiser.ask(), minimiser.held(), minimiser.task[0] == minimiser.NEW_X
+        kinds += 'h' if held else 'a' if accepted else 'n'
+        assert not accepted or (x == minimiser.image).all()
+        asked.append(x.copy())
+        minimiser.tell(*loss(x, minimiser.image if held else x))
+    return kinds, asked
+
+
+def held(doodle, holds=True):
+    minimiser = doodle.Minimiser(random(seed=3))
+    minimiser.holds = holds
+    return minimiser
+
+
+def test_a_line_search_holds_its_first_matches_from_the_third_evaluation_on(doodle):
+    fresh, holding = held(doodle, False), held(doodle)
+    assert set(searched(fresh, 200)[0]) == {'n'}
+    kinds, _ = searched(holding, 200)
+    assert kinds.count('a') > 20 and not re.search('(?<!nn)(?<!h)h|(?<!h)a|a(?!n)', kinds)
+    fresh, holding = (Jumping()(image, image)[0] for image in (fresh.image, holding.image))
+    assert holding < .9 * fresh
+
+
+def test_an_accepted_image_goes_into_the_memory_with_its_new_matches(doodle):
+    minimiser, loss = held(doodle), Jumping()
+    while minimiser.task[0] != minimiser.NEW_X:
+        before = minimiser.image
+        minimiser.tell(*loss(minimiser.ask(), minimiser.image if minimiser.held() else minimiser.ask()))
+    evaluation = loss(minimiser.image, minimiser.image)
+    minimiser.tell(*evaluation)
+    step, change = (minimiser.image - before).ravel(), (evaluation[1] - loss(before, before)[1]).ravel()
+    n, m = step.size, minimiser.CORRECTIONS
+    steps, changes = minimiser.work[:2 * n * m].reshape(2, m, n)
+    np.testing.assert_allclose(steps[-1], step, atol=1e-9)
+    np.testing.assert_allclose(changes[-1], change, atol=1e-9)
+    np.testing.assert_allclose(minimiser.work[2 * n * m:][:m * m][-1], step @ change, rtol=1e-9)
+
+
+@pytest.mark.parametrize('at', [20, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60])
+def test_the_state_of_one_that_holds_is_all_that_it_knows(doodle, at):
+    _, whole = searched(held(doodle), 80)
+    first, second = held(doodle), doodle.Minimiser(random())
+    searched(first, at)
+    second.restore(first.state())
+    _, asked = searched(second, 80 - at)
+    assert all((ours == theirs).all() for ours, theirs in zip(asked, whole[at:], strict=True))
 
 
 # ---- paint -----------------------------------------------------------------------------------------------------------
@@ -290,9 +354,9 @@ def textured(doodle, tmp_path, monkeypatch, capsys, handlers):
         Image.fromarray(np.random.default_rng(picture).integers(0, 256, (32, 28, 3), np.uint8)).save('a.png')
         seen, evaluate, record = SimpleNamespace(computed=0), doodle.Objective.__call__, doodle.Journal.record
 
-        def counted(objective, x):
+        def counted(objective, x, **how):
             seen.computed += 1
-            return evaluate(objective, x)
+            return evaluate(objective, x, **how)
 
         def recorded(journal, at, *evaluation):
             record(journal, at, *evaluation)
@@ -393,3 +457,28 @@ def test_where_it_has_converged_all_is_as_if_every_evaluation_had_been_made(text
     assert kept(done) == [walked.log[k] for k in made] and done.files == {
         name: content for name, content in walked.files.items() if name == 'output.png' or int(name[:-4]) in made}
     assert done.out.splitlines()[-1].split('average')[1] == walked.out.splitlines()[-1].split('average')[1]
+
+
+def test_the_matches_of_the_line_search_s_start_are_put_back(doodle):
+    """From one of the last three evaluations, or else they are computed."""
+    class Matching(Objective):
+        def __call__(self, x, held=False):
+            self.history = self.history if held else x.sum(keepdims=True)
+            return super().__call__(x)._replace(total=float(self.history.sum()))
+    objective, options = Matching(doodle), doodle.parse_options(['--style=-', '--line-search=held'])
+    remembered, images = doodle.Remembered(objective, options, 1e9), [np.float32(random(seed=k)) for k in range(5)]
+    remembered.set_phase(None, None, None, None, SHAPE[:0:-1], None)
+    totals = [remembered(image).total for image in images]
+    for start, asked in ((2, 1), (2, 1), (4, 1), (1, 2), (1, 1)):
+        objective.asked.clear()
+        assert remembered.held(images[0], images[start]).total == totals[start] and len(objective.asked) == asked
+
+
+@pytest.mark.slow
+def test_a_run_that_holds_matches_is_resumed_bit_for_bit(textured):
+    whole = textured('--line-search=held')
+    assert whole.computed == 120
+    for stop in (84, 85, 86, 101):
+        textured('--line-search=held', stop=stop)
+        resumed = textured('--line-search=held', '--resume')
+        assert resumed.log == whole.log and resumed.files == whole.files

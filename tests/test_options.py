@@ -30,7 +30,7 @@ DEFAULTS = dict(
 OURS = dict(method='champandard', rotations=0, scales=0, max_size=None, random_seed=None, network=None, weights=None,
             frames='frames', log=None, resume=False, check=False, auto_maps=0,
             style_scale=1, keep_colors=False, figure=None, animation=None,
-            stop_when_converged=1, matching='exact')
+            stop_when_converged=1, matching='exact', line_search='fresh')
 
 NATURAL = ['0', '-1', '1.5', 'ten', '']
 WHOLE = ['-1', '1.5', 'ten', '']
@@ -42,7 +42,7 @@ BAD = {
     '--output-size': ['640', '640x', 'x480', '0x480', '640x0', '640X480', '-640x480', '6.4x4', '6x4x3', ''],
     '--max-size': NATURAL, '--phases': NATURAL, '--iterations': NATURAL, '--slices': NATURAL,
     '--random-seed': WHOLE, '--print-every': WHOLE, '--save-every': WHOLE,
-    '--cache': ['2', '-1', 'yes', ''], '--stop-when-converged': ['2', 'yes', ''],
+    '--cache': ['2', '-1', 'yes', ''], '--stop-when-converged': ['2', 'yes', ''], '--line-search': ['hold', ''],
     '--auto-maps': ['1', '17', '-2', 'yes', ''],
     '--seed-range': ['16', '240:16', '-1:5', '0:256', 'a:b', 'nan:240', '16:nan', '1:2:3', ':', '1_6:240', '٣:9', ''],
     '--content-weight': WEIGHT, '--style-weight': WEIGHT, '--smoothness': WEIGHT, '--semantic-weight': BIAS,
@@ -99,6 +99,12 @@ def test_what_a_method_has_not_is_refused(refused, name, own):
         assert name in problem and flag in problem
         assert not getattr(program.parse_options(['--style=a.png', f'--method={name}', f'{flag}=0']),
                            flag[2:].replace('-', '_'))
+
+
+@pytest.mark.parametrize('other', ['--variety=1', '--cache=1', '--matching=near', '--method=gatys'])
+def test_matches_can_be_held_only_where_the_image_alone_determines_them(refused, other):
+    assert other.split('=')[0] in refused('--style=a.png', '--line-search=held', other)[0]
+    assert program.parse_options(['--style=a.png', '--line-search=fresh', other]).line_search == 'fresh'
 
 
 def test_the_command_of_the_post_is_understood():

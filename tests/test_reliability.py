@@ -157,6 +157,7 @@ DIFFERENT = {
     'weights': ['--weights=other.npz'], '--cache': ['--cache=1'], '--max-size': ['--max-size=90'],
     '--content-layers': ['--content-layers=4_1'], '--content-weight': ['--content-weight=9'],
     '--matching': ['--matching=near'],
+    '--line-search': ['--line-search=held'],
 }
 
 
@@ -275,7 +276,7 @@ def test_a_broken_checkpoint_is_refused_and_kept(painted, content):
     assert open(CHECKPOINT, 'rb').read() == before
 
 
-def rewrite(change, version='1.0.0', format=2):
+def rewrite(change, version='1.0.0', format=3):
     """Change the numbers and the arrays of a checkpoint, {name: array}, and make its checksum right."""
     with open(CHECKPOINT, 'rb') as file:
         file.readline()
