@@ -4842,7 +4842,7 @@ class Page:
         now, every, total = time.time(), self.options.save_every, self.options.phases * self.options.iterations
         if state == 'running' and now < self.shown + 2:
             return
-        if not self.shown:
+        if not self.shown or not os.path.isfile(os.path.join(at.frames, 'watch.html')):
             self.write_page(at.frames)
         seconds = (now - self.start) / max(1, at.number - self.first)
         later = sum(self.costs[at.phase + 1:]) / self.costs[at.phase] * self.options.iterations
@@ -4934,8 +4934,9 @@ def paint_and_save(objective, inputs, options, at, journal):
 # ---- files: what a run says ------------------------------------------------------------------------------------------
 
 def one_line(error):
-    """The message of an exception in one line, without a full stop; libgpuarray's are bytes."""
-    text = b' '.join(error.args).decode() if error.args and type(error.args[0]) is bytes else str(error)
+    """The message of an exception, or a text, in one line, without a full stop; libgpuarray's are bytes."""
+    parts = getattr(error, 'args', ())
+    text = b' '.join(parts).decode() if parts and type(parts[0]) is bytes else str(error)
     return ' '.join(text.split()).rstrip('.') or type(error).__name__
 
 

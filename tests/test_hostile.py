@@ -172,7 +172,7 @@ def paint(doodle, tmp_path, monkeypatch, capsys, handlers):
     monkeypatch.chdir(tmp_path)
 
     class Objective(NoNetwork):
-        def set_phase(self, content, style, content_map, style_map, size, style_alpha):
+        def set_phase(self, content, style, content_map, style_map, size, style_alpha, near):
             given_to.append((content, style, content_map, style_map, size))
             super().set_phase()
 

@@ -163,6 +163,7 @@ def images(doodle, count):
     return image, np.cumsum(steps, axis=0).clip(0, 255)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_makes_the_same_draws(doodle, objective, begin):
     ours, (small, large) = objective(), images(doodle, 4)
     begin(ours, 0)

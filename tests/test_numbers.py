@@ -35,7 +35,7 @@ def normal(rng, *shape):
 def matchers(doodle):
     """Functions of u, v, variety and history that give matches and new history: the plain formula and the engine."""
     symbols = u, v, variety, history = doodle.T.tensor3(), doodle.T.tensor3(), doodle.T.scalar(), doodle.T.vector()
-    return [doodle.theano.function(symbols, match(u, v, 3, variety, history))
+    return [doodle.theano.function(symbols, match(u, v, variety, history))
             for match in (doodle.match, doodle.fast_match)]
 
 

@@ -378,6 +378,7 @@ def textured(doodle, tmp_path, monkeypatch, capsys, handlers):
     return textured
 
 
+@pytest.mark.slow
 def test_what_was_evaluated_not_long_ago_is_not_computed_again_and_all_is_the_same(doodle, textured, monkeypatch):
     remembering, stopped, resumed = (textured('--stop-when-converged=0', *resume, stop=stop)
                                      for resume, stop in (([], None), ([], 110), (['--resume'], None)))

@@ -356,7 +356,7 @@ def test_a_checkpoint_does_not_lead_the_frames_elsewhere(painted, frames):
     os.symlink('../elsewhere', 'frames/away')
     rewrite(lambda numbers, arrays: numbers.update(frames=frames))
     assert painted('--resume').code == 0
-    assert os.listdir('elsewhere') == [] and len(os.listdir('frames/run-2')) == 7
+    assert os.listdir('elsewhere') == [] and len(os.listdir('frames/run-2')) == 9
 
 
 def test_what_a_checkpoint_says_is_shown_without_its_escapes(painted):
@@ -461,7 +461,7 @@ def test_a_disk_that_fills_up_costs_frames_and_checkpoints_and_nothing_else(pain
     told = warnings(done.out)
     assert sorted(path for path, _ in told) == sorted(['log', 'frames', CHECKPOINT, 'o.png'])
     assert {reason for _, reason in told} == {os.strerror(errno.EFBIG)}
-    assert sorted(os.listdir('frames')) == ['0000.png', '0005.png', '0035.png', 'command.txt']
+    assert sorted(os.listdir('frames')) == ['0000.png', '0005.png', '0035.png', 'command.txt', 'watch.html', 'watch.js']
     assert numbers(done.log) == NUMBERS                                                  # what waited was written
 
 
@@ -493,7 +493,8 @@ def test_folders_that_vanish_are_made_again(painted):
         shutil.rmtree('frames')
     done = painted('--output=a/o.png', at={12: and_a_loss(vanish)})
     assert done.code == 0 and not warnings(done.out) and os.path.exists('a/o.png')
-    assert sorted(os.listdir('frames')) == ['0015.png', '0020.png', '0025.png', '0030.png', '0035.png']
+    assert sorted(os.listdir('frames')) == [
+        '0015.png', '0020.png', '0025.png', '0030.png', '0035.png', 'watch.html', 'watch.js']
 
 
 def test_a_full_log_does_not_end_a_run(painted):
