@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -187,3 +188,45 @@ def test_an_animation_is_bounded(doodle, figure, tmp_path, ending):
 def test_drawings_are_checked_as_the_output_is(refused, tmp_path, arguments, problem):
     shutil.copy(FOLDER / 'texture_style.png', tmp_path)
     assert refused('--style=texture_style.png', *arguments)[0] == problem
+
+
+# ---- the page in a browser -------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def browser(tmp_path_factory):
+    """A tab of Chromium, without the net."""
+    if not (shutil.which('chromium') and shutil.which('chromedriver')):
+        pytest.skip('no chromium or chromedriver')
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which('chromium')
+    for argument in ('--headless=new', '--no-sandbox', '--disable-gpu', '--window-size=900,800',
+                     f'--user-data-dir={tmp_path_factory.mktemp("browser")}'):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which('chromedriver')))
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_page_and_renews_it(drawn, browser, tmp_path):
+    """From the file system: what watch.js says now, the picture that it names, and a curve for each term."""
+    folder = shutil.copytree(drawn.folder / 'frames', tmp_path / 'frames')
+    script = (folder / 'watch.js').read_text()
+    running = script.replace('"ended"', '"running"').replace('"number": 6', '"number": 5')
+    (folder / 'watch.js').write_text(running)
+
+    def seen(condition):
+        end = time.monotonic() + 30
+        while not browser.execute_script(f'return {condition}'):
+            assert time.monotonic() < end, browser.execute_script('return document.body.innerText')
+            time.sleep(.1)
+    browser.get(f'file://{folder}/watch.html')
+    seen("document.querySelector('#after').naturalWidth === 60")
+    assert browser.title == NAME and browser.find_element('css selector', 'h1').text == NAME
+    assert '5 of 6 evaluations' in browser.find_element('css selector', '#state').text
+    terms = [item.text for item in browser.find_elements('css selector', 'li')]
+    assert terms == ['total', 'style conv3_1', 'smoothness']
+    (folder / 'watch.js').write_text(script)
+    seen("document.querySelector('#state').textContent === 'The run has ended, after 6 of 6 evaluations.'")
+    assert [entry['message'] for entry in browser.get_log('browser') if entry['level'] == 'SEVERE'] == []
