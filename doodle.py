@@ -716,7 +716,7 @@ class PatchTerm:
     Parameters
     ----------
     options : argparse.Namespace
-        Rotations, scales, variety.
+        Rotations, scales, variety, matching, random seed.
     numbers : dict of str to shared variable
         ``'semantic_weight'`` and ``'variety'``.
     semantic : bool
@@ -883,7 +883,7 @@ class Objective:
     ----------
     weights : Weights
     options : argparse.Namespace
-        Method, layers, weights of the losses and of the maps, variety, cache.
+        Method, layers, weights of the losses and of the maps, variety, cache, matching, line search.
     content, semantic : bool
         Whether there is a content picture, and whether there are maps.
     fast : bool
@@ -1017,6 +1017,9 @@ class Objective:
 
     def restore(self, state):
         """Restore a `state` of this phase; UserError if it is none, as from a checkpoint that was tampered with."""
+        draws = {name: variable.get_value() for name, variable in self.remembered.items() if name.startswith('draws ')}
+        state = draws | {name: array for name, array in state.items()   # a GPU has none, and may have been before
+                         if name in draws or not name.startswith('draws ')}
         tampered = UserError('The checkpoint cannot be used: its matches are not those of this run.',
                              'leave --resume out, to start anew')
         if state.keys() != {*self.remembered, 'fresh'} or (state['fresh'].dtype, state['fresh'].shape) != (bool, ()):
@@ -1827,7 +1830,7 @@ def gpu_memory_needed(size, style_size, options, slices=None):
     for layer in style if term.patched else []:
         W, H, w, h = (side // stride(layer) for side in (*size, *sheet_size(style_size, options)))
         rows = min(math.ceil((h - 2) / (slices or max(1, h))), (1 << 31) // max(1, H * W * w) - 2)
-        products = max(products, 4 * H * W * w * (max(1, rows) + 2))
+        products = max(products, 4 * H * W * w * (max(1, rows) + 2) if rows > 0 else math.inf)  # BLAS counts in 32 bits
     return 200e6 + 1.1 * (constant + max(making, painting, 1.06 * floats(names) * area + products))
 
 
@@ -1855,8 +1858,10 @@ def check_memory(inputs, options, device='cpu'):
         fix += f', or {more}'
     fix = fix if longest >= 64 else more
     fix += ', or a smaller --style-scale' * (options.style_scale > 1)
-    raise UserError(f'{size[0]}x{size[1]} pixels in the style of {style_size[0]}x{style_size[1]} need about '
-                    f'{needed / 1e9:.1f} GB of memory, and there are {limit / 1e9:.1f} GB'
+    why = 'are more than its BLAS can multiply at once'
+    if needed < math.inf:
+        why = f'need about {needed / 1e9:.1f} GB of memory, and there are {limit / 1e9:.1f} GB'
+    raise UserError(f'{size[0]}x{size[1]} pixels in the style of {style_size[0]}x{style_size[1]} {why}'
                     f'{"" if device == "cpu" else f" on {device}"}.', fix)
 
 
@@ -1874,7 +1879,8 @@ def check_sizes(inputs, options):
             fits = int(math.log2(max(1, min(width, height) / least))) + 1
             raise UserError(f'The {name}, {width}x{height}, is too small for conv{layer} in the first of '
                             f'{options.phases} phases, where its sides must be {least} or more.',
-                            f'--phases={fits}' if min(width, height) >= least else 'use a larger picture')
+                            f'--phases={fits}' if min(width, height) >= least else 'use a larger picture' +
+                            ', or a larger --style-scale' * (options.style_scale < 1))
     cut_out = () if inputs.style_alpha is None else options.style_layers
     for phase, layer in itertools.product(range(options.phases), cut_out):
         if not pooled_map(inputs.style_alpha, phase_size(style_size, phase, options.phases), layer).any():
@@ -2566,7 +2572,7 @@ def winograd(W):
 
 
 class CompiledOp:
-    """Base of both Ops: float32 inputs, and C++ with OpenMP, whose threads follow OMP_NUM_THREADS and the CPU set."""
+    """Base of the CPU's Ops: float32 inputs, and C++ with OpenMP, with as many threads as OMP_NUM_THREADS says."""
 
     props = ()
 
@@ -3180,7 +3186,7 @@ def decoded(path):
     if os.path.getsize(path) > memory_limit() / 4:                      # some formats are read as a whole
         raise UserError(f'{path!r} has {os.path.getsize(path) / 1e9:.1f} GB, too much for the free memory.', SMALLER)
     try:
-        with unheard(), Image.open(path, formats=FORMATS + ('HEIF',) * ('HEIF' in Image.OPEN)) as file:
+        with unheard(), Image.open(path, formats=formats()) as file:
             check_pixels(file, path)
             if file.format in ('JPEG', 'MPO') and (scans := scan_count(path)) > MOST_SCANS:
                 raise ValueError(f'it has {scans} scans, where {MOST_SCANS} are more than any program makes')
@@ -3198,10 +3204,15 @@ def decoded(path):
     except Exception as error:  # a broken file can raise anything in Pillow's plugins
         if 'HEIF' not in Image.OPEN and is_heic(path):
             raise UserError(f'{path!r} is a HEIC picture, and the package that reads these, pillow-heif, is missing.',
-                            'save it as JPEG, or pip install pillow-heif') from None
+                            'save it as JPEG' + ', or pip install pillow-heif' * (mounts() is None)) from None
         long = 'a text or a profile in it is too long' if 'MAX_TEXT' in str(error) else None
         raise UserError(f'{path!r} cannot be read as a picture: {long or one_line(error)}.',
                         'open it and save it again as PNG') from None
+
+
+def formats():
+    """The formats that are read: `FORMATS`, and HEIC where pillow-heif is installed."""
+    return FORMATS + ('HEIF',) * ('HEIF' in Image.OPEN)
 
 
 def is_heic(path):
@@ -3775,7 +3786,7 @@ def find_map(path, extension):
 
 def orientation(path):
     """EXIF orientation of the picture at `path`: 1 upright, 2 .. 8 flipped or turned, None if it does not say."""
-    with unheard(), Image.open(path, formats=FORMATS) as file:
+    with unheard(), Image.open(path, formats=formats()) as file:
         return file.getexif().get(0x0112)
 
 
@@ -4129,7 +4140,8 @@ def check_files(options, places):
     """Refuse outputs that cannot be written or overwrite inputs."""
     maps = map_paths(options)
     read = [options.content, options.style, options.weights, *maps, __file__, cached_vgg19(), ORIGINAL,
-            *map(beside, ('vgg16.npz', ORIGINAL, 'samples/automaps.py', 'samples/faces.py', 'samples/faces.npz'))]
+            *map(beside, ('vgg16.npz', ORIGINAL, 'samples/automaps.py', 'samples/faces.py', 'samples/faces.npz',
+                             'samples/figure.py', 'samples/watch.html'))]
     read += [] if options.seed in ('noise', 'content') else [options.seed]
     read += map(preview_path, maps) if options.auto_maps else []
     check_written(options, places, read)
@@ -4174,7 +4186,7 @@ def check_written(options, places, read):
 def check_drawings(options):
     """Refuse a figure or animation that cannot be drawn."""
     if options.figure or options.animation:
-        require_beside('samples/figure.py', '--figure')
+        require_beside('samples/figure.py', '--figure' if options.figure else '--animation')
     if options.animation and not re.search(r'\.(gif|webp|png)$', options.animation, re.IGNORECASE):
         raise UserError(f'--animation {options.animation!r} does not end like one.', 'end it in .gif, .webp or .png')
     if options.animation and not options.save_every:
@@ -4415,7 +4427,7 @@ def claim_frames(folder):
         if place != folder and os.path.islink(place):                   # another user may have laid it there
             continue
         os.makedirs(place, exist_ok=True)
-        if not any(re.fullmatch(r'\d{4,}\.png', name) for name in os.listdir(place)):
+        if not any(re.fullmatch(r'\d{4,}\.png|watch\.(html|js)', name) for name in os.listdir(place)):
             command = os.path.join(place, 'command.txt')
             with contextlib.suppress(FileExistsError), open(command, 'x', errors='surrogateescape') as file:
                 file.write(' '.join(sys.argv) + '\n')
@@ -4661,7 +4673,7 @@ class Journal:
 
     def __init__(self, options, places, inputs, at):
         self.options, self.places, self.inputs, self.saved, self.told = options, places, inputs, None, set()
-        self.page = Page(options, inputs)
+        self.page, self.names = Page(options, inputs), None             # names of the losses, once a phase began
         self.bar = tqdm(total=options.phases * options.iterations, initial=at.number, disable=None, leave=False)
         self.log, self.unwritten = None, b''
         if options.log:
@@ -4734,7 +4746,7 @@ class Journal:
 
     def show(self, at, state):
         """Renew the page beside the frames."""
-        if at.frames and self.options.save_every:
+        if self.names and at.frames and self.options.save_every:
             with self.spared(at.frames):
                 self.page.show(at, self.names, state)
 
@@ -4742,7 +4754,7 @@ class Journal:
         """Once result and checkpoint are safe, the page's last state, and figure and animation where wished."""
         self.show(at, state)
         for path, draw in (self.options.figure, write_figure), (self.options.animation, write_animation):
-            if path and at.losses:
+            if self.names and path and at.losses:
                 with self.spared(path):
                     self.say(draw(given_target(path), self, at))
 
@@ -4913,6 +4925,7 @@ def paint_and_save(objective, inputs, options, at, journal):
         return 128 + interruption.args[0]
     except FloatingPointError:
         saved = f'the last good image is in {kept(journal.places)}' if journal.save(at) else 'nothing was saved'
+        journal.show(at, 'failed')
         raise UserError(f'The loss is no longer a number after {at.number} evaluations; {saved}.',
                         'try smaller weights, or another --random-seed') from None
     except UserError:                                                   # a checkpoint that was tampered with
@@ -4920,6 +4933,7 @@ def paint_and_save(objective, inputs, options, at, journal):
     except Exception:                                                   # for example a lack of memory
         if journal.save(at):
             say(f'\nAfter {at.number} evaluations the image so far is in {kept(journal.places)}.')
+        journal.show(at, 'failed')
         raise
     if journal.saved is None:
         raise UserError('The result could not be written anywhere.', 'make room, and --resume')
@@ -5033,10 +5047,10 @@ class Signals:
 
 # ---- engine in C++ ---------------------------------------------------------------------------------------------------
 
-# Two Theano Ops in C++ with the results of the formulas above, an order of magnitude faster on the CPU. Images are
-# stored as (H, W, C): the channels of a pixel are contiguous, and all inner loops run over them.
+# Theano Ops in C++, an order of magnitude faster on the CPU than the formulas above, with the same results but for near
+# matches. Images are stored as (H, W, C): the channels of a pixel are contiguous, and all inner loops run over them.
 
-# Shared by both Ops. `product` is faster than a BLAS on these narrow matrices, and needs no library or threads for it.
+# Shared by them. `product` is faster than a BLAS on these narrow matrices, and needs no library or threads for it.
 COMMON = r'''
 #include <algorithm>
 #include <cmath>
@@ -5433,8 +5447,7 @@ static long score(const float *const *P, long W, long w, long ld, float *space, 
    2^-24) of the sum of the terms' sizes. Let L be the product of the longest keys' lengths. In the product of two keys
    the terms' sizes sum to L at most, in its bound to 4 L, since |k - s c| is at most |k| where c is 0 and else, with at
    most 8192 channels, under half of it. There are D operations in the one, D % 64 + 5 in the other, and 5 more for the
-   sum of nine less the penalty; D + 10 in
-   rounded(). */
+   sum of nine less the penalty: rounded() takes D + 10. */
 template <bool SCALED>
 static bool match(const float *u, long H, long W, const float *v, long h, long w, long D, const float *penalty,
                   const float *a_of, const float *b_of, const npy_int64 *start, npy_int64 *matches, float *history) {

@@ -149,13 +149,13 @@ def read_log(path):
 def read_panels(header):
     """`panels_of` a run, read again from the paths in its log's `header`, and what could not be read, a line each."""
     options, panels, missing = header['options'], {}, []
-    places = {'content': options['content'], 'style': options['style'], 'result': options['output']}
-    for title, path in places.items():
-        if path:
+    for title in 'content', 'style':
+        path = options[title] or options['output']                      # a doodle has the map of its output
+        if options[title]:
             panels |= read_panel(title, path, missing)
-            if header['shapes']['map_channels'] and title != 'result':
-                panels |= read_panel(f'map of the {title}', doodle.find_map(path, options['semantic_ext']), missing)
-    return panels, missing
+        if header['shapes']['map_channels']:
+            panels |= read_panel(f'map of the {title}', doodle.find_map(path, options['semantic_ext']), missing)
+    return panels | read_panel('result', options['output'], missing), missing
 
 
 def read_panel(title, path, missing):

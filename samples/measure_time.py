@@ -68,7 +68,6 @@ def measured(objective, convolve, size, rounds=3):
     for near in (False, True):                                          # its first phase is exact
         objective.set_phase(picture, style, semantic, semantic, size, None, near)
         minimiser = doodle.Minimiser(style if near else picture)
-
         objective(minimiser.ask())
         if objective.options.matching == 'exact':
             break

@@ -193,7 +193,7 @@ def parse_command(arguments):
         if own.content or own.style:
             raise doodle.UserError('--pair is given, and --content or --style as well.', 'leave one of them out')
         axes.append(make_axis('pair', ('--content', '--style'), own.pair))
-    if own.scheduler and own.save_every:
+    if own.scheduler and set(own.save_every or ()) - {'0'}:
         raise doodle.UserError('--save-every writes frames, which would stay with the workers of --scheduler.',
                                'leave one of them out')
     if len(own.auto_maps or ()) > 1:

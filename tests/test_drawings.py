@@ -60,15 +60,14 @@ def test_names_of_files_are_data_in_the_page(drawn):
     assert not re.search(r'https?:|//[a-z]', text.replace('// called', '').replace('// ----', ''))     # no network
 
 
-def test_time_left_counts_later_phases_by_their_operations(doodle, tmp_path, monkeypatch):
+def test_time_left_counts_later_phases_by_their_costs(doodle, tmp_path, monkeypatch):
     clock = [100.]
     monkeypatch.setattr(doodle.time, 'time', lambda: clock[0])
     picture = np.zeros((64, 64, 3), np.uint8)
     inputs = doodle.Inputs(picture, None, picture, None, None, (64, 64), None, None)
     options = doodle.parse_options(['--style=a', '--content=b', '--phases=2', '--iterations=50', '--style-weight=0',
                                     '--style-layers=4_1'])
-    page, at = doodle.Page(options, inputs), doodle.Checkpoint({}, number=10, evaluation=10, frames=str(tmp_path))
-    at.number = 0
+    page, at = doodle.Page(options, inputs), doodle.Checkpoint({}, number=0, evaluation=10, frames=str(tmp_path))
     page.begin(at)
     clock[0], at.number = 120., 10
     page.show(at, [], 'running')
@@ -94,8 +93,8 @@ def test_the_page_has_at_most_a_thousand_points(doodle, tmp_path):
     assert before.startswith('data:image/jpeg;base64,')
 
 
-def test_losses_go_on_after_a_resume(doodle, tmp_path):
-    """They are in the checkpoint, exactly; broken ones are refused."""
+def test_losses_are_in_the_checkpoint_exactly(doodle):
+    """So they are shown after a resume, too; broken ones are refused."""
     losses = [(0, 3.25, 1e-30), (1, 1 / 3, 2.)]
     assert doodle.read_losses(np.array(losses)) == losses and doodle.read_losses(np.zeros((0, 3))) == []
     for broken in np.zeros(3), np.array([[0, np.nan]]):
@@ -184,6 +183,8 @@ def test_an_animation_is_bounded(doodle, figure, tmp_path, ending):
     (['--figure=texture_style.png'], "--figure 'texture_style.png' is one of the inputs and would overwrite it."),
     (['--animation=frames/0001.png'], "--animation 'frames/0001.png' has the name of a frame or of the folder of "
                                       '--frames.'),
+    ([f'--log={ROOT}/samples/watch.html'], f"--log '{ROOT}/samples/watch.html' is one of the inputs and would "
+                                           'overwrite it.'),
     (['--log=frames/watch.js'], "--log 'frames/watch.js' has the name of a frame or of the folder of --frames.")])
 def test_drawings_are_checked_as_the_output_is(refused, tmp_path, arguments, problem):
     shutil.copy(FOLDER / 'texture_style.png', tmp_path)

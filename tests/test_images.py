@@ -1016,6 +1016,7 @@ def test_heic_is_read_upright_with_its_colours_and_alpha(tmp_path, monkeypatch):
     assert read.pixels.shape == (96, 64, 3) and (read.alpha[:, :, 0] == np.rot90(seen)).all()
     expected = np.where(seen[:, :, None] == 255, pixels, 255)
     assert np.abs(read.pixels - np.rot90(expected).astype(int)).max() <= 3
+    assert doodle.orientation('a.heic') in (None, 1)                    # its pixels are turned already
 
 
 def test_heic_names_what_reads_it(tmp_path, monkeypatch, refused):

@@ -199,6 +199,21 @@ def test_matches_are_nearly_those_of_an_exact_run_whose_first_phase_is_the_same(
     assert runs[0].matching_seconds() > 0
 
 
+def test_a_run_goes_on_from_a_device_without_draws_and_on_it(doodle, objective, begin):
+    """A GPU, whose matches are exact, has none."""
+    ours, (small, large) = objective(), images(doodle, 1)
+    begin(ours, 0)
+    ours(small)
+    begin(ours, 1)
+    ours(large[0])
+    state = ours.state()
+    ours.restore({name: array for name, array in state.items() if not name.startswith('draws')})
+    exact = objective('--matching=exact')
+    begin(exact, 1)
+    exact.restore(state)
+    assert (exact.state()['matches 2_1'] == state['matches 2_1']).all()
+
+
 @pytest.mark.parametrize('name, forged', [
     ('matches 2_1', lambda values: values[:-1]), ('matches 2_1', lambda values: values + 99999),
     ('draws 2_1', lambda values: values * 9), ('draws 2_1', lambda values: -values),

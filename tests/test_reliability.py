@@ -40,7 +40,8 @@ class Killed(BaseException):
 def painted(doodle, tmp_path, monkeypatch, capsys, handlers):
     """The whole program in a folder with pictures, its loss a quadratic one without a network.
 
-    painted('--resume', ..., at={12: action}) acts instead of evaluation 12, counted from this start; after={12: action}
+    painted('--resume', ..., at={12: action}) acts instead of evaluation 12, counted from this start, and at={'phase':
+    action} when a phase is prepared; after={12: action}
     acts when the history is that after it, but nothing else is known. Returns code, out, err, `asked` (image), the
     history before each evaluation (None where it is fresh), and the log. An argument replaces the `given` one.
     """
@@ -53,6 +54,7 @@ def painted(doodle, tmp_path, monkeypatch, capsys, handlers):
 
         class Objective(NoNetwork):
             def set_phase(self, *_):
+                at.get('phase', int)()
                 super().set_phase()
                 seen.phase = 0 if seen.phase is None else seen.phase + 1
                 self.history = np.zeros(4)
@@ -357,6 +359,30 @@ def test_a_checkpoint_does_not_lead_the_frames_elsewhere(painted, frames):
     rewrite(lambda numbers, arrays: numbers.update(frames=frames))
     assert painted('--resume').code == 0
     assert os.listdir('elsewhere') == [] and len(os.listdir('frames/run-2')) == 9
+
+
+def test_an_interruption_before_a_resumed_run_has_prepared_its_phase(painted):
+    """Then it knows no names of losses: page, figure and animation are as they were."""
+    def terminated():
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Killed):
+        painted(at={12: stop(Killed)})
+    again = painted('--resume', '--figure=figure.png', '--animation=moving.gif', at={'phase': terminated})
+    assert again.code == 143 and 'Interrupted' in again.out and not again.asked and os.path.exists('o.png')
+    assert not os.path.exists('figure.png') and painted('--resume').code == 0
+
+
+def test_a_file_of_the_users_with_the_name_of_the_page_stays(painted):
+    os.mkdir('frames')
+    with open('frames/watch.html', 'w') as file:
+        file.write('mine')
+    assert painted().code == 0 and os.path.exists('frames/run-2/watch.js')
+    assert open('frames/watch.html').read() == 'mine'
+
+
+def test_a_run_that_fails_is_shown_as_failed(painted):
+    assert painted(at={12: lambda: np.nan, 13: lambda: np.nan}).code == 2
+    assert '"state": "failed"' in open('frames/watch.js').read()
 
 
 def test_what_a_checkpoint_says_is_shown_without_its_escapes(painted):
