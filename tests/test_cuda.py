@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from card import CASES, IMAGES, compare
 from conftest import ROOT
@@ -49,9 +50,9 @@ def test_the_order_of_threads_changes_nothing(numbers, name):
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
-OPTIONS = [f'--style={ROOT / "samples/astronaut.png"}', f'--content={ROOT / "samples/hopper.png"}', '--network=vgg16',
-           '--device=gpu0', '--random-seed=1', '--save-every=0']
-SMALL = ['--style-layers=3_1', '--content-layers=3_1', '--variety=0.1', '--max-size=48', '--phases=2', '--iterations=3']
+OPTIONS = ['--network=vgg16', '--device=gpu0', '--random-seed=1', '--save-every=0']
+SMALL = [f'--style={ROOT / "samples/astronaut.png"}', f'--content={ROOT / "samples/hopper.png"}', '--max-size=48',
+         '--style-layers=3_1', '--content-layers=3_1', '--variety=0.1', '--phases=2', '--iterations=3']
 # Runs the program, and does something after an evaluation.
 AFTER = '''
 import ctypes, os, signal, sys
@@ -102,7 +103,9 @@ def test_a_run_that_is_interrupted_and_lacks_memory_goes_on_to_the_same_picture(
 
 def test_a_picture_too_large_for_the_card_is_refused_in_one_line(card, tmp_path):
     (tmp_path / 'output.png').write_bytes(b'before')
-    code, out, error = ended(begin(card, tmp_path, '--phases=1', '--slices=1', EMU_MEMORY='1e9', EMU_RUN='0'))
+    Image.new('RGB', (1600, 1200)).save(tmp_path / 'large.png')
+    process = begin(card, tmp_path, '--style=large.png', '--content=large.png', EMU_MEMORY='1e9', EMU_RUN='0')
+    code, out, error = ended(process)
     assert code == 2 and re.fullmatch('ERROR: .*memory.*\n  FIX: .*\n', error), error
     assert (tmp_path / 'output.png').read_bytes() == b'before'
 
