@@ -1024,13 +1024,13 @@ class Objective:
                              'leave --resume out, to start anew')
         if state.keys() != {*self.remembered, 'fresh'} or (state['fresh'].dtype, state['fresh'].shape) != (bool, ()):
             raise tampered
-        self.fresh = bool(state['fresh'])
+        fresh = bool(state['fresh'])
         for name, variable in self.remembered.items():
             kind, layer = name.split()
             values, before = (np.asarray(array) for array in (state[name], variable.get_value(borrow=True)))
             height, width, _ = self.style[layer].keys.get_value(borrow=True, return_internal_type=True).shape
             if kind == 'matches':                                       # those of a fresh state are read by sweeps only
-                unread = self.fresh and not np.ravel(state.get(f'draws {layer}'))[:1].any()
+                unread = fresh and not np.ravel(state.get(f'draws {layer}'))[:1].any()
                 sound = unread or (values.size == math.prod(side // stride(layer) - 2 for side in self.size)
                                        and 0 <= values.min() and values.max() < (height - 2) * (width - 2))
             else:
@@ -1038,7 +1038,13 @@ class Objective:
                 sound &= kind != 'draws' or 0 <= values.min() and values[0] <= FIRST_SWEEPS
             if not sound or (values.dtype, values.ndim) != (before.dtype, 1):
                 raise tampered
-            variable.set_value(values)
+        self.put(state)
+
+    def put(self, state):
+        """Set a `state` of this phase that is known to be one."""
+        self.fresh = bool(state['fresh'])
+        for name, variable in self.remembered.items():
+            variable.set_value(state[name])
 
 
 # ---- optimisation ----------------------------------------------------------------------------------------------------
@@ -2848,7 +2854,7 @@ class Remembered:
         key = hashlib.blake2b(x).digest()
         if key in self.kept:
             _, found, state = self.kept[key]
-            self.objective.restore(state)
+            self.objective.put(state)
             evaluation = found._replace(gradient=np.float64(found.gradient), seconds=time.perf_counter() - start,
                                         matching_seconds=found.matching_seconds and 0.)
         else:
@@ -2869,7 +2875,7 @@ class Remembered:
             if not self.matches:                                        # the run was just resumed
                 self.objective(image)
                 self.matches = self.objective.state()
-        self.objective.restore(self.matches)
+        self.objective.put(self.matches)
         return self.objective(x, held=True)
 
 

@@ -51,6 +51,9 @@ class NoNetwork:
     def restore(self, state):
         self.history, self.fresh = state['history'], bool(state['fresh'])
 
+    def put(self, state):
+        self.restore(state)
+
 
 def minimised(minimiser, evaluate, evaluations):
     """Minimise `evaluate`, x -> (loss, gradient), for so many evaluations; returns the minimiser."""
