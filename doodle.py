@@ -1821,7 +1821,7 @@ def gpu_memory_needed(size, style_size, options, slices=None):
     """Bytes at the peak of a run on a GPU, with matching in so many slices, or in as many as there can be.
 
     The peak is where features or keys of the style are made, or where the image is painted, or in its matching. The
-    numbers are fitted to peaks on tests/cuda_on_cpu.cpp; the last ones are for the BLAS, and for gaps between arrays.
+    numbers are fitted to peaks on the tests' card; the last ones are for the BLAS, and for gaps between arrays.
     """
     def floats(names):                                                  # bytes for each pixel of the picture
         return sum(4 * filters(name) / stride(name) ** 2 for name in names)

@@ -148,7 +148,8 @@ def test_the_posts_usage_two_mounts(image, folder):
                    '--output=face_transfer.png', '--device=gpu0')
     assert 'WARNING: cuda0 cannot be used' in said and '--target gpu' in said
     assert said.splitlines()[-1].endswith('`/nd/frames/face_transfer.png`, on the mounted folder /nd/frames.')
-    assert {path.name for path in (folder / 'frames').iterdir()} == {'face_transfer.png', '0000.png', 'command.txt'}
+    assert {path.name for path in (folder / 'frames').iterdir()} == {
+        'face_transfer.png', '0000.png', 'command.txt', 'watch.html', 'watch.js'}
     assert owners(folder) == {CALLER}
 
 
@@ -402,7 +403,7 @@ for path in glob.glob('/opt/doodle/kernels/*/*/*'):
     major, minor = re.search(r'\.target sm_(.+)(.)', code).groups()
     assert f'/{major}.{minor}/' in path
     found[f'{major}.{minor}'] += 1
-print(*sorted(found), len(set(found.values())), min(found.values()) > 200)
+print(*sorted(found), len(set(found.values())), min(found.values()) > 100)
 '''
 
 
