@@ -106,7 +106,7 @@ def sgemm():
 def alone(form, size, arguments):
     """{'memory': GB, 'seconds': of one evaluation} of a form in a process of its own."""
     command = [sys.executable, __file__, '--alone', form, '--size', 'x'.join(map(str, size)), *arguments]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
 def grow(sizes, a):
