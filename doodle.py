@@ -602,16 +602,20 @@ def style_copies(picture, rotations, scales, resample):
     list of (K, h', w') float32 arrays
         First the picture itself.
     """
-    (h, w), result = picture.shape[1:], []
+    return [np.stack([Image.fromarray(plane).transform(size, Image.AFFINE, back, resample)
+                      for plane in np.float32(picture)]).clip(0, 255)
+            for size, back in copy_transforms(*picture.shape[1:], rotations, scales)]
+
+
+def copy_transforms(h, w, rotations, scales):
+    """Yield size (width, height) and affine transform, copy -> picture, of each of `style_copies` of h x w pixels."""
     for turn in sorted(range(-rotations, rotations + 1), key=abs):
         for step in sorted(range(-scales, scales + 1), key=abs):
             c, s, scale = math.cos(math.radians(7.5 * turn)), math.sin(math.radians(7.5 * turn)), 1 + 0.05 * step
             part = min(w / (w * c + h * abs(s)), h / (w * abs(s) + h * c))
             W, H, c, s = max(1, int(w * part * scale)), max(1, int(h * part * scale)), c / scale, s / scale
-            back = c, -s, (w - c * W + s * H) / 2, s, c, (h - s * W - c * H) / 2            # copy -> picture
-            result.append(np.stack([Image.fromarray(plane).transform((W, H), Image.AFFINE, back, resample)
-                                    for plane in np.float32(picture)]).clip(0, 255))
-    return result
+            back = c, -s, (w - c * W + s * H) / 2, s, c, (h - s * W - c * H) / 2
+            yield (W, H), back
 
 
 def sheet(copies):
@@ -1788,21 +1792,24 @@ def ulimits():
     return [max(0, soft - reserved) for soft in softs if soft != resource.RLIM_INFINITY]
 
 
+def feature_bytes(names):
+    """Bytes of the features of these layers, for each pixel of the picture."""
+    return sum(4 * filters(name) / stride(name) ** 2 for name in names)
+
+
 def memory_needed(size, style_size, options):
     """Bytes at the peak of a run on the CPU: samples/measure_memory.py fits the numbers to measured peaks.
 
     The peak is where the network is compiled, or where the features and keys of all copies of the style are made, or
     where the image is painted, or else where maps are, of whatever size.
     """
-    def floats(names):                                                  # bytes for each pixel of the picture
-        return sum(4 * filters(name) / stride(name) ** 2 for name in names)
     names = layer_names('vgg19', options.style_layers + (options.content_layers if options.content else []))
     weights = sum(4 * 9 * before * filters(name) for before, name in zip([3, *map(filters, names)], names))
-    style = floats(options.style_layers)
+    style = feature_bytes(options.style_layers)
     matched = style * style_term(options).arrays
     area, style_area, copies = math.prod(size), math.prod(style_size), copy_count(options)
     making = 250 * style_area + (1.66 * style + 0.62 * matched) * copies * style_area
-    painting = (1.46 * floats(names) + 1.29 * style) * area + 0.98 * matched * copies * style_area
+    painting = (1.46 * feature_bytes(names) + 1.29 * style) * area + 0.98 * matched * copies * style_area
     needed = max(254e6 + 11 * weights, 281e6 + 6.9 * weights + max(making, painting), 950e6 * bool(options.auto_maps))
     return needed + min(REMEMBERED * evaluation_memory(size, options), needed / 20)         # see `Remembered`
 
@@ -1823,21 +1830,19 @@ def gpu_memory_needed(size, style_size, options, slices=None):
     The peak is where features or keys of the style are made, or where the image is painted, or in its matching. The
     numbers are fitted to peaks on the tests' card; the last ones are for the BLAS, and for gaps between arrays.
     """
-    def floats(names):                                                  # bytes for each pixel of the picture
-        return sum(4 * filters(name) / stride(name) ** 2 for name in names)
     content = options.content_layers if options.content else []
     names, style, term = layer_names('vgg19', options.style_layers + content), options.style_layers, style_term(options)
     area, style_area, copies = math.prod(size), math.prod(style_size), copy_count(options)
     constant = sum(36 * before * filters(name) for before, name in zip([3, *map(filters, names)], names))
-    constant += floats(content) * area + floats(style) * term.arrays * copies * style_area
-    making = max(0.71 * floats(names) * style_area, 2.3 * floats(style) * copies * style_area)
-    painting = (1.2 * floats(names) + floats(style)) * area
+    constant += feature_bytes(content) * area + feature_bytes(style) * term.arrays * copies * style_area
+    making = max(0.71 * feature_bytes(names) * style_area, 2.3 * feature_bytes(style) * copies * style_area)
+    painting = (1.2 * feature_bytes(names) + feature_bytes(style)) * area
     products = 0                                                        # of the largest slice
     for layer in style if term.patched else []:
         W, H, w, h = (side // stride(layer) for side in (*size, *sheet_size(style_size, options)))
         rows = min(math.ceil((h - 2) / (slices or max(1, h))), (1 << 31) // max(1, H * W * w) - 2)
         products = max(products, 4 * H * W * w * (max(1, rows) + 2) if rows > 0 else math.inf)  # BLAS counts in 32 bits
-    return 200e6 + 1.1 * (constant + max(making, painting, 1.06 * floats(names) * area + products))
+    return 200e6 + 1.1 * (constant + max(making, painting, 1.06 * feature_bytes(names) * area + products))
 
 
 def check_memory(inputs, options, device='cpu'):
@@ -1927,9 +1932,10 @@ def work(size, style_size, options, phase=0):
         if not style_term(options).patched:
             found['gram'] += filters(name) ** 2 * area(name)
             continue
-        copies = style_copies(np.zeros((1, *(side // stride(name) for side in reversed(style_size)))),
-                              options.rotations, options.scales, Image.NEAREST)
-        h, w = sum(copy.shape[1] for copy in copies), max(copy.shape[2] for copy in copies)
+        copies = copy_transforms(*(side // stride(name) for side in reversed(style_size)), options.rotations,
+                                 options.scales)
+        widths, heights = zip(*(copy for copy, _ in copies))
+        h, w = sum(heights), max(widths)
         if options.matching == 'near' and phase and area(name) * h * w >= NEAR_PAIRS:
             tried = LATER_SWEEPS * (16 + math.log2(max(h, w)))
             found['near scores'] += 9 * filters(name) * area(name) * tried
