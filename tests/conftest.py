@@ -3,6 +3,7 @@ import importlib.machinery
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,23 @@ def refused(capsys, tmp_path, monkeypatch, handlers):
         problem, fix = re.fullmatch(r'ERROR: (.+)\n  FIX: (.+)\n', capsys.readouterr().err).groups()    # no third line
         return problem, fix
     return refused
+
+
+@pytest.fixture(scope='module')
+def browser():
+    """A tab of Chromium."""
+    if not (shutil.which('chromium') and shutil.which('chromedriver')):
+        pytest.skip('no chromium or chromedriver')
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    for switch in ('headless=new', 'no-sandbox', 'disable-gpu', 'disable-dev-shm-usage', 'window-size=1280,800'):
+        options.add_argument(f'--{switch}')
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
+    options.binary_location = shutil.which('chromium')
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which('chromedriver')))
+    driver.execute_cdp_cmd('Page.addScriptToEvaluateOnNewDocument', {'source': 'delete window.showSaveFilePicker'})
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture

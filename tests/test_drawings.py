@@ -193,22 +193,6 @@ def test_drawings_are_checked_as_the_output_is(refused, tmp_path, arguments, pro
 
 # ---- the page in a browser -------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope='module')
-def browser(tmp_path_factory):
-    """A tab of Chromium, without the net."""
-    if not (shutil.which('chromium') and shutil.which('chromedriver')):
-        pytest.skip('no chromium or chromedriver')
-    from selenium import webdriver
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which('chromium')
-    for argument in ('--headless=new', '--no-sandbox', '--disable-gpu', '--window-size=900,800',
-                     f'--user-data-dir={tmp_path_factory.mktemp("browser")}'):
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which('chromedriver')))
-    yield driver
-    driver.quit()
-
-
 @pytest.mark.slow
 def test_a_browser_shows_the_page_and_renews_it(drawn, browser, tmp_path):
     """From the file system: what watch.js says now, the picture that it names, and a curve for each term."""

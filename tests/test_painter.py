@@ -9,8 +9,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from conftest import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (shutil.which('chromium') and shutil.which('chromedriver')),
-                                                   reason='no chromium or chromedriver')]
+pytestmark = pytest.mark.slow
 PAGE = ROOT / 'samples/painter.html'
 BLUE, SKIN, EYES = (0, 0, 255), (255, 147, 0), (255, 255, 255)
 SMALL = 120, 80                                                         # width and height of most pictures here
@@ -105,20 +104,6 @@ class Page:
         self.find(f'.side:nth-of-type({side}) .save').click()
         self.wait(path.exists)
         return Image.open(path)
-
-
-@pytest.fixture(scope='module')
-def browser():
-    from selenium import webdriver
-    options = webdriver.ChromeOptions()
-    for switch in ('headless=new', 'no-sandbox', 'disable-gpu', 'disable-dev-shm-usage', 'window-size=1280,800'):
-        options.add_argument(f'--{switch}')
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-    options.binary_location = shutil.which('chromium')
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which('chromedriver')))
-    driver.execute_cdp_cmd('Page.addScriptToEvaluateOnNewDocument', {'source': 'delete window.showSaveFilePicker'})
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture
