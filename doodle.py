@@ -1212,10 +1212,12 @@ def paint(objective, inputs, options, at, journal, signals):
     for phase in range(at.phase, options.phases):
         size = phase_size(inputs.size, phase, options.phases)
         style = resized(inputs.style, phase_size(inputs.style.shape[1::-1], phase, options.phases), Image.LANCZOS)
+        return_freed_memory()
         with signals.heard():
             objective.set_phase(
                 None if inputs.content is None else to_planes(resized(inputs.content, size, Image.LANCZOS)),
                 to_planes(style), inputs.content_map, inputs.style_map, size, inputs.style_alpha, phase > 0)
+        return_freed_memory(at_once=False)
         if at.minimiser and at.phase == phase:                          # a resumed run
             objective.restore(at.memory)
         elif at.minimiser:
@@ -2108,10 +2110,17 @@ def allow_files():
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def return_freed_memory():
-    """Have glibc return freed blocks from 4 MB on to the system; by default it keeps those of up to 32 MB."""
+def return_freed_memory(at_once=True):
+    """Have glibc return free memory to the system, then also blocks from 4 MB on at once; or else keep those below 32.
+
+    Evaluations one after the other need the same blocks, and fresh pages for each would take a tenth of their time. But
+    what works in between, on arrays of other sizes, would leave gaps between blocks that are kept.
+    """
     with contextlib.suppress(OSError, AttributeError):                  # another C library
-        ctypes.CDLL('libc.so.6').mallopt(-3, 4 << 20)                   # M_MMAP_THRESHOLD
+        libc = ctypes.CDLL('libc.so.6')
+        libc.malloc_trim(0)
+        libc.mallopt(-3, 4 << 20 if at_once else 32 << 20)              # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 128 << 10 if at_once else 2 ** 31 - 1)         # M_TRIM_THRESHOLD
 
 
 def keep_compiled_code():
