@@ -742,6 +742,7 @@ class PatchTerm:
         self.numbers, self.matches = numbers, shared(1, 'int64')        # j of each i
         self.match_patches = (functools.partial(fast_match, start=self.matches) if fast else
                               functools.partial(gpu_match, slices) if on_gpu() else match)
+        self.style_loss = fast_style_loss if fast else style_loss
         self.features, self.keys = shared(3), shared(3)                 # g, (h, w, C); v, (h, w, C + K)
         self.maps = shared(3) if semantic else None                     # m, (H, W, K)
         partial = options.rotations or options.scales or transparent
@@ -776,7 +777,7 @@ class PatchTerm:
 
     def loss(self, f, matches):
         """Symbolic loss of the image's features f (H, W, C)."""
-        return style_loss(f, self.features, matches)
+        return self.style_loss(f, self.features, matches)
 
     def set(self, prepare, g, whole, seen, m, n):
         """Set the style and the maps of a phase.
@@ -2828,6 +2829,26 @@ class NearMatchingOp(CompiledOp):
         return self.call('near_matching', [*inputs, f'&{outputs[0]}'], sub)
 
 
+class DifferencesOp(CompiledOp):
+    """The differences f - g between all 3x3 patches of f (H, W, C) and their matches in g (h, w, C), offset by offset.
+
+    Outputs are the sum of their squares, and for each pixel and channel of f the sum over the up to nine patches that
+    cover it, half the gradient of the first.
+    """
+
+    def code(self):
+        return DIFFERENCES
+
+    def make_node(self, f, g, matches):
+        return self.apply((f, g, matches), (T.ftensor3, T.ftensor3, T.lvector), [T.fscalar(), T.ftensor3()])
+
+    def L_op(self, inputs, outputs, gradients):
+        return [2 * gradients[0] * outputs[1]] + [theano.gradient.grad_undefined(self, k, inputs[k]) for k in (1, 2)]
+
+    def c_code(self, node, name, inputs, outputs, sub):
+        return self.call('differences', [*inputs, *(f'&{output}' for output in outputs)], sub)
+
+
 REMEMBERED = 24                                                       # evaluations; a line search has at most 20
 
 
@@ -2899,12 +2920,12 @@ def define_ops():
 
     Theano's compile cache uses the pickled name of an Op, so that the module is `doodle` also when it is __main__.
     """
-    global Convolution, Matching, NearMatching, GpuConvolution, GpuMatching
+    global Convolution, Matching, NearMatching, Differences, GpuConvolution, GpuMatching
     if 'Matching' not in globals():
         sys.modules.setdefault('doodle', sys.modules[__name__])
-        Convolution, Matching, NearMatching, GpuConvolution, GpuMatching = (
+        Convolution, Matching, NearMatching, Differences, GpuConvolution, GpuMatching = (
             type(theano.Op)(kind.__name__[:-2], (kind, theano.Op), dict(__props__=kind.props, __module__='doodle'))
-            for kind in (ConvolutionOp, MatchingOp, NearMatchingOp, GpuConvolutionOp, GpuMatchingOp))
+            for kind in (ConvolutionOp, MatchingOp, NearMatchingOp, DifferencesOp, GpuConvolutionOp, GpuMatchingOp))
 
 
 def fast_convolution(W, b, pool):
@@ -2944,6 +2965,12 @@ def fast_match(u, v, variety=None, history=None, scale=None, start=None):
     """
     start = np.zeros(0, np.int64) if start is None else start
     return match_by(lambda u, v, a, b, *penalty: Matching()(u, v, a, b, start, *penalty), u, v, variety, history, scale)
+
+
+def fast_style_loss(f, g, matches):
+    """`style_loss` by the engine."""
+    (H, W, C), (squares, _) = (f.shape[k] for k in range(3)), Differences()(f, g, matches)
+    return squares / T.cast(9 * (H - 2) * (W - 2) * C, 'float32')
 
 
 def gpu_match(slices, u, v, variety=None, history=None, scale=None):
@@ -5075,6 +5102,7 @@ class Signals:
 COMMON = r'''
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <stdexcept>
 #include <vector>
 #include <omp.h>
@@ -5675,6 +5703,56 @@ static void near_matching(PyArrayObject *image, PyArrayObject *style, PyArrayObj
         for (long y = 0; y < p.H - 2; y++)
             if (!leave()) sweep_row(p, y, key, before.data(), found, scores.data());
     }
+}
+'''
+
+DIFFERENCES = r'''
+/* the sum over all patches i of f, offsets and channels of (f - g)^2, with g their matches; and for each pixel and
+   channel of f the sum over the patches that cover it of f - g */
+static void differences(PyArrayObject *image, PyArrayObject *style, PyArrayObject *matched, PyArrayObject **squares,
+                        PyArrayObject **slopes) {
+    Array f(image), g(style), match(matched);
+    long H = f.size(0), W = f.size(1), C = f.size(2), w = g.size(1), patches = (g.size(0) - 2) * (w - 2);
+    const npy_int64 *j = (const npy_int64 *)PyArray_DATA(match.array);
+    if (std::min(std::min(H, W), std::min(g.size(0), w)) < 3 || g.size(2) != C || match.size(0) != (H - 2) * (W - 2) ||
+        !std::all_of(j, j + match.size(0), [=](npy_int64 j) { return 0 <= j && j < patches; }))
+        throw std::invalid_argument("Differences: the pictures or the matches do not fit each other");
+    float *slope = (float *)allocate(slopes, 3, PyArray_DIMS(image), NPY_FLOAT32);
+    std::vector<double> sums(H);                                      /* of rows: the same with any number of threads */
+    #pragma omp parallel for
+    for (long y = 0; y < H; y++)
+        for (long x = leave() ? W : 0; x < W; x++) {
+            const float *pixels[9], *p = f + (y * W + x) * C;         /* of g, by offset of the patch */
+            int count = 0;
+            for (long k = 0; k < 9; k++) {
+                long v = y - k / 3, u = x - k % 3;
+                if (v < 0 || u < 0 || v >= H - 2 || u >= W - 2) continue;
+                long j_i = j[v * (W - 2) + u];
+                pixels[count++] = g + ((j_i / (w - 2) + k / 3) * w + j_i % (w - 2) + k % 3) * C;
+            }
+            vec squared = {};
+            float *to = slope + (y * W + x) * C, rest = 0;
+            long c = 0;
+            for (; c + LANES <= C; c += LANES) {
+                vec sum = {};
+                for (int k = 0; k < count; k++) {
+                    vec d = load(p + c) - load(pixels[k] + c);
+                    sum += d;
+                    squared += d * d;
+                }
+                store(to + c, sum);
+            }
+            for (; c < C; c++) {
+                to[c] = 0;
+                for (int k = 0; k < count; k++) {
+                    float d = p[c] - pixels[k][c];
+                    to[c] += d, rest += d * d;
+                }
+            }
+            for (int l = 0; l < LANES; l++) sums[y] += squared[l];
+            sums[y] += rest;
+        }
+    *(float *)allocate(squares, 0, NULL, NPY_FLOAT32) = std::accumulate(sums.begin(), sums.end(), 0.);
 }
 '''
 

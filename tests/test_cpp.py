@@ -84,6 +84,9 @@ PyObject *bounds(Argument u, Argument v) {
 PyObject *nearly(Argument u, Argument v, Argument b, Argument guess, Argument draws) {
     return called([&](Argument *j, Argument *) { near_matching(u, v, b, b, guess, draws, j); });
 }
+PyObject *differing(Argument f, Argument g, Argument j) {
+    return called([&](Argument *squares, Argument *slope) { differences(f, g, j, squares, slope); });
+}
 }
 '''
 FLAGS = '-std=c++11 -O1 -g -shared -fPIC -fopenmp -Wall -Wextra -Werror -fsanitize=address,undefined ' \
@@ -103,7 +106,7 @@ def shared_object(name):
 @pytest.mark.parametrize('processor', mostly_slow(PROCESSORS))
 def test_the_code_has_no_warnings_stays_within_its_memory_and_is_right(doodle, tmp_path, processor):
     source, library = tmp_path / 'engine.cpp', tmp_path / 'engine.so'
-    code = doodle.COMMON + doodle.CONVOLUTION + doodle.MATCHING + doodle.NEAR_MATCHING
+    code = doodle.COMMON + doodle.CONVOLUTION + doodle.MATCHING + doodle.NEAR_MATCHING + doodle.DIFFERENCES
     for line, fresh in FRESH.items():
         assert code.count(line) == 1
         code = code.replace(line, fresh)
@@ -173,6 +176,19 @@ def check_near_matching(library, rng, image, style, D, scaled):
     assert np.mean(S[found[60], i] > S.max(axis=0) - 1e-4) > .3
 
 
+def check_differences(library, rng, image, style, C):
+    """The sum of the squared differences between patches and their matches, and their sum for each pixel."""
+    f, g = (rng.normal(size=(*size, C)).astype(np.float32) for size in (image, style))
+    j = rng.integers(0, (style[0] - 2) * (style[1] - 2), (image[0] - 2) * (image[1] - 2))
+    squares, slope = library.differing(f, g, j)
+    p, q = (sliding_window_view(np.float64(k), (3, 3), (0, 1)).reshape(-1, C, 3, 3) for k in (f, g))
+    difference, total = (p - q[j]).reshape(image[0] - 2, image[1] - 2, C, 3, 3), np.zeros(f.shape)
+    for y, x in itertools.product(range(3), repeat=2):
+        total[y:image[0] - 2 + y, x:image[1] - 2 + x] += difference[..., y, x]
+    np.testing.assert_allclose(squares, (difference ** 2).sum(), rtol=1e-6)
+    np.testing.assert_allclose(slope, total, atol=1e-5)
+
+
 def normalised(k):
     return np.float32(k / np.maximum(np.linalg.norm(k, axis=-1, keepdims=True), 1e-30))
 
@@ -239,7 +255,10 @@ def check_refusals(library):
             (library.varied, (ones(5, 5, 3), ones(5, 5, 3), ones(0), ones(0), NO_START, ones(8))),
             (library.nearly, (ones(5, 5, 3), ones(5, 5, 4), ones(0), np.zeros(9, int), np.array([1, 0]))),
             (library.nearly, (ones(5, 5, 3), ones(5, 5, 3), ones(0), np.zeros(8, int), np.array([1, 0]))),
-            (library.nearly, (ones(5, 5, 3), ones(5, 5, 3), ones(0), np.full(9, 9), np.array([1, 0])))):
+            (library.nearly, (ones(5, 5, 3), ones(5, 5, 3), ones(0), np.full(9, 9), np.array([1, 0]))),
+            (library.differing, (ones(5, 5, 3), ones(5, 5, 4), np.zeros(9, int))),
+            (library.differing, (ones(5, 5, 3), ones(5, 5, 3), np.zeros(8, int))),
+            (library.differing, (ones(5, 5, 3), ones(5, 5, 3), np.full(9, 9)))):
         try:
             function(*arguments)
         except ValueError:
@@ -252,7 +271,7 @@ def main(path):
     doodle.import_pillow()
     library = ctypes.PyDLL(path)
     for name, arguments in dict(begin=0, convolved=3, gradient=4, matched=5, varied=6, has_dot=0, narrowed=3,
-                                exactly=2, bounds=2, nearly=5).items():
+                                exactly=2, bounds=2, nearly=5, differing=3).items():
         function = getattr(library, name)
         function.restype, function.argtypes = ctypes.py_object, [ctypes.py_object] * arguments
         if name in ('convolved', 'gradient'):
@@ -270,6 +289,7 @@ def main(path):
                 for history in (False, True):
                     check_matching(library, rng, image, style, D, scaled, history)
                 check_near_matching(library, rng, image, style, D, scaled)
+            check_differences(library, rng, image, style, D)
     for kind in KEYS:
         for image, style, D, K in (((3, 3), (4, 20), 64, 0), ((6, 9), (8, 7), 64, 3), ((9, 4), (5, 19), 130, 10)):
             check_starts(library, rng, kind, image, style, D, K)

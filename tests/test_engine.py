@@ -1,4 +1,4 @@
-"""The engine's two Ops against the plain formulas and against brute force, over odd, prime and tiny shapes."""
+"""The engine's Ops against the plain formulas and against brute force, over odd, prime and tiny shapes."""
 import ctypes
 import io
 import subprocess
@@ -107,6 +107,23 @@ def test_matches_from_a_start_are_those_without_by_any_number_of_threads(doodle,
         for first in (j, rng.integers(0, (h - 2) * (w - 2), len(j))):
             assert (begun(p, q, first) == j).all()
     omp.omp_set_num_threads(before)
+
+
+@pytest.mark.parametrize('H, W, h, w, C', [(3, 3, 3, 3, 1), (3, 5, 4, 3, 16), (13, 17, 11, 19, 37), (9, 4, 5, 21, 128)])
+def test_the_style_loss_and_its_gradient_are_those_of_the_formula(doodle, H, W, h, w, C):
+    rng, T = np.random.default_rng(C), doodle.T
+    f, g, j = T.tensor3(), T.tensor3(), T.lvector()
+    losses = [loss(f, g, j) for loss in (doodle.fast_style_loss, doodle.style_loss)]
+    both = doodle.theano.function([f, g, j], losses + [doodle.theano.grad(loss, f) for loss in losses])
+    p, q = normal(rng, H, W, C), normal(rng, h, w, C)
+    loss, plain, gradient, expected = both(p, q, rng.integers(0, (h - 2) * (w - 2), (H - 2) * (W - 2)))
+    np.testing.assert_allclose(loss, plain, rtol=1e-6)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-7)
+    same, _, none, _ = both(q, q, np.arange((h - 2) * (w - 2)))
+    assert same == 0 and not none.any()
+    for matches in (np.zeros((H - 2) * (W - 2) - 1, int), np.full((H - 2) * (W - 2), (h - 2) * (w - 2))):
+        with pytest.raises(ValueError):
+            both(p, q, matches)
 
 
 @pytest.mark.slow
