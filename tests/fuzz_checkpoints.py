@@ -68,8 +68,9 @@ def made(folder):
             minimiser.tell(*loss(minimiser.ask()))
         matches = {'matches 3_1': np.arange(9), 'history 3_1': np.zeros(7, np.float32), 'fresh': np.array(False)}
         path = os.path.join(folder, str(number))
+        losses, restarts = [(k, 3., 2., 1.) for k in range(number)], {minimiser.restart() or '': [1, 9.]}
         doodle.write_checkpoint(path, doodle.Checkpoint(header, 0, number, number, 9., folder, minimiser, matches,
-                                                        restarts={minimiser.restart() or '': [1, 9.]}))
+                                                        losses, restarts))
         yield header, path, go_on(minimiser)
 
 
