@@ -241,7 +241,7 @@ VALUES = {parse_path: 'PATH', str: 'EXT', parse_size: 'WxH', parse_natural: 'N',
           parse_scale: 'X', parse_bias: 'X', parse_steps: 'N', parse_switch: '0|1', parse_search: 'NAME',
           parse_device: 'DEVICE', parse_network: 'NAME', parse_line_search: 'NAME'}
 
-SAME, FREE = 'same', 'free'                                           # on --resume: must be as before, or may differ
+SAME, MORE, FREE = 'same', 'more', 'free'      # on --resume: must be as before, or may be more, or may differ
 
 OPTIONS = {'pictures': (
     # option              resume type           default        meaning
@@ -274,7 +274,7 @@ OPTIONS = {'pictures': (
     ('--matching',        SAME, parse_search,  'exact',       'near: large pictures in linear time, nearly exact'),
 ), 'optimisation': (
     ('--phases',          SAME, parse_natural, '3',           'number of scales, each twice the one before'),
-    ('--iterations',      SAME, parse_natural, '100',         'evaluations of the loss in each phase, at most'),
+    ('--iterations',      MORE, parse_natural, '100',         'evaluations of the loss in each phase, at most'),
     ('--line-search',     SAME, parse_line_search, 'fresh',   'fresh, or held: few new matches in a line search'),
     ('--stop-when-converged', FREE, parse_switch, '1',        '0: go on also where a phase can only repeat itself'),
 ), 'machine and files': (
@@ -288,7 +288,8 @@ OPTIONS = {'pictures': (
     ('--figure',          FREE, parse_path,    None,          'write inputs, maps, result and losses as one picture'),
     ('--animation',       FREE, parse_path,    None,          'write the frames as one .gif, .webp or .png'),
     ('--check',           FREE, bool,          False,         'tell what would be done, and likely painting mistakes'),
-    ('--resume',          FREE, bool,          False,         'go on from the checkpoint of a run that did not end'),
+    ('--resume',          FREE, bool,          False,         'go on from a checkpoint, also with more --iterations'),
+    ('--keep-checkpoint', FREE, bool,          False,         'keep the checkpoint when the run ends'),
     ('--version',         FREE, 'version',     None,          "tell the program's version"),
 )}
 
@@ -1293,7 +1294,10 @@ def run_alone(options, places, inputs, remarks):
         inputs, lines = read_maps(inputs, options)
         remarks += lines
     if options.check:
-        for line in remarks + plan(inputs, options):
+        at, lines = Checkpoint({}), []
+        if options.resume and not missing:
+            at, lines = find_checkpoint(places.checkpoint, provenance(inputs, UNKNOWN, options), True)
+        for line in remarks + lines + plan(inputs, options, at):
             say(f'  - {line}')
     if options.device == 'cpu' and not device:                          # else `paint_maps` did
         check_memory(inputs, options)
@@ -1334,6 +1338,7 @@ SLOWEST, PERIOD = 1000, 60                                           # bytes a s
 
 # A pre-trained network: its kind, {'1_1': (W, b), ...} for cross-correlation on BGR, path and checksum of its file.
 Weights = namedtuple('Weights', 'kind layers path sha256')
+UNKNOWN = Weights(None, None, None, None)                             # by --check, which fetches nothing
 
 
 # An array in a file of weights, as the network has it, (out, in, 3, 3) or (out,): `read` reads its numbers.
@@ -1991,16 +1996,22 @@ STARTING = 7                                                          # seconds 
 LONG = 3e14                                                           # multiply-adds: 45 minutes on two cores
 
 
-def plan(inputs, options):
-    """Lines of --check: phases, patches, memory, and the time on this CPU, by the rate of a matrix product in NumPy."""
-    rate, lines, style_size = product_rate(), [], inputs.style.shape[1::-1]
-    for phase, (_, effort) in enumerate(efforts(inputs, options)):
+def plan(inputs, options, at=None):
+    """Lines of --check: phases, patches, memory, and the time on this CPU, by the rate of a matrix product in NumPy.
+
+    They are of what a run would do that goes on from the `Checkpoint` `at`.
+    """
+    rate, lines, style_size, seconds = product_rate(), [], inputs.style.shape[1::-1], STARTING
+    counts = (at or Checkpoint({})).left(options)
+    for phase, (left, (preparation, effort)) in enumerate(zip(counts, efforts(inputs, options))):
+        if not left:
+            continue
+        seconds += (preparation + left * effort) / rate
         size, other = (phase_size(whole, phase, options.phases) for whole in (inputs.size, style_size))
         patches = [f'{name} {copy_count(options) * math.prod(side // stride(name) - 2 for side in other):,}'
                    for name in options.style_layers if style_term(options).patched and options.style_weight]
         lines.append('Phase #{}: {}x{}, {} evaluations of about {:,.2f} s{}'.format(
-            phase, *size, options.iterations, effort / rate, ', style patches ' * bool(patches) + ', '.join(patches)))
-    seconds = STARTING + total_effort(inputs, options) / rate
+            phase, *size, left, effort / rate, ', style patches ' * bool(patches) + ', '.join(patches)))
     return lines + [f'On this CPU about {in_words(seconds)} and '
                     f'{memory_needed(inputs.size, style_size, options) / 1e9:.1f} GB in all.',
                     *advice(inputs, options, rate)]
@@ -4496,30 +4507,41 @@ class Checkpoint:
     memory: dict = None                                                 # `Objective.state`
     losses: list = dataclasses.field(default_factory=list)              # (number, total, each term) by evaluation
     restarts: dict = dataclasses.field(default_factory=dict)            # {`Minimiser.restart`: [evaluation, error]}
+    cycle: int = 0                                                      # evaluations that a converged phase repeats
+    excess: float = 0.                                                  # of `error` over its limit in that cycle
+    starts: list = dataclasses.field(default_factory=list)              # `number` at the start of each phase so far
 
     def begin(self, phase, image, objective):
         """Start a phase from an image."""
         self.phase, self.evaluation, self.error = phase, 0, 255.
         self.minimiser, self.memory, self.restarts = Minimiser(image), objective.state(), {}
+        self.cycle, self.excess, self.starts = 0, 0., [*self.starts, self.number]
+
+    def left(self, options):
+        """How many evaluations each phase still has to make: earlier ones may have had fewer than now are asked for."""
+        later = [options.iterations] * (options.phases - self.phase - 1)
+        return [0] * self.phase + [options.iterations - self.evaluation] + later
 
     def count(self, largest):
         """Count an evaluation, whose `largest` |gradient| of a pixel is known."""
         self.evaluation, self.number = self.evaluation + 1, self.number + 1
-        self.error = 0.9 * self.error + 0.1 * min(largest, 255)
+        self.error, self.excess = 0.9 * self.error + 0.1 * min(largest, 255), 0.9 * self.excess
 
     def skip(self, iterations, journal):
         """Count as done, and record, what is certain to repeat: whole cycles, but for the last evaluation of a phase.
 
         Where the minimiser starts anew as it did before, all between repeats itself for ever.
         """
-        if not self.memory['fresh'] and (state := self.minimiser.restart()):
+        if not self.cycle and not self.memory['fresh'] and (state := self.minimiser.restart()):
             before, error = self.restarts.setdefault(state, [self.evaluation, self.error])
-            cycle = self.evaluation - before
-            if skipped := cycle and (iterations - 1 - self.evaluation) // cycle * cycle:
-                journal.skip(self, cycle, skipped)
-                self.evaluation, self.number = self.evaluation + skipped, self.number + skipped
-                limit = (self.error - 0.9 ** cycle * error) / (1 - 0.9 ** cycle)        # after so many cycles
-                self.error = limit + 0.9 ** skipped * (self.error - limit)
+            if cycle := self.evaluation - before:                       # after each, `error` is nearer to a limit
+                limit = (self.error - 0.9 ** cycle * error) / (1 - 0.9 ** cycle)
+                self.cycle, self.excess = cycle, self.error - limit
+        if skipped := self.cycle and (iterations - 1 - self.evaluation) // self.cycle * self.cycle:
+            journal.skip(self, self.cycle, skipped)
+            self.evaluation, self.number = self.evaluation + skipped, self.number + skipped
+            limit, self.excess = self.error - self.excess, 0.9 ** skipped * self.excess
+            self.error = min(max(0., limit + self.excess), 255.)
 
 
 def provenance(inputs, weights, options):
@@ -4533,7 +4555,7 @@ def provenance(inputs, weights, options):
                                       map_channels=0 if inputs.style_map is None else inputs.style_map.shape[2]))))
 
 
-FORMAT = 3                                                            # of checkpoints
+FORMAT = 4                                                            # of checkpoints
 HEAD = 'doodle.py {}, checkpoint of format {}, sha256 {}\n'            # their first line: checksum of the rest
 
 
@@ -4566,15 +4588,27 @@ def find_checkpoint(path, header, resume):
     remarks = []
     if resume and os.path.exists(path):
         at = read_checkpoint(path, header)
+        line = going_on(path, at, at.header['options']['iterations'], argparse.Namespace(**header['options']))
         at.header = header | {'random_seed': at.header['random_seed']}
-        return at, remarks
+        return at, [line]
     if os.path.exists(path):
-        remarks = [f'`{path}` of a run that did not end will be replaced; --resume would go on.']
+        remarks = [f'`{path}` of a run before will be replaced; --resume would go on.']
     elif resume:
         remarks = [f'There is no `{path}` to resume from: starting anew.']
     if header['random_seed'] is None:
         header = header | {'random_seed': secrets.randbelow(10 ** 9)}
     return Checkpoint(header), remarks
+
+
+def going_on(path, at, before, options):
+    """What is to be said of the `Checkpoint` at `path`, of a run with so many iterations `before`."""
+    more = f', with {options.iterations} instead of {before} in phase #{at.phase} and later ones'
+    converged = f' Phase #{at.phase} has converged: it only repeats its last {at.cycle}.'
+    line = f'Going on from `{path}`, after {at.number} evaluations{more * (options.iterations > before)}.'
+    if not any(at.left(options)):
+        line = (f'The run of `{path}` has ended after {at.number} evaluations: nothing is left to do; it goes on with '
+                f'--resume and more than --iterations={before}.')
+    return line + converged * bool(at.cycle)
 
 
 def read_checkpoint(path, header):
@@ -4604,7 +4638,7 @@ def read_checkpoint(path, header):
     for name, before, after in differences:
         values = f': {before!r:.99} then, {after!r:.99} now' if name.startswith('--') else ''
         raise UserError(f'{path!r} is of a run in which {name} was another{values}.',
-                        f'resume with what it was, or {restart}')
+                        f'resume with what it was{" or more" * (name in flags_of(MORE))}, or {restart}')
     folder = os.path.realpath(header['options']['frames'])
     if (at.header['options']['frames'] != header['options']['frames'] or not os.path.isdir(at.frames or '') or
             os.path.commonpath([os.path.realpath(at.frames), folder]) != folder):
@@ -4656,10 +4690,12 @@ def read_losses(losses):
 
 def check_progress(at, header):
     """A `Minimiser` of the size of the phase that a checkpoint is in; ValueError if its numbers are none of a run's."""
-    phases, iterations = (header['options'][name] for name in ('phases', 'iterations'))
-    if not (all(type(number) is int for number in (at.phase, at.evaluation, at.number)) and
-            0 <= at.phase < phases and 0 <= at.evaluation <= iterations and
-            0 < at.number == at.phase * iterations + at.evaluation and
+    phases, iterations = header['options']['phases'], at.header['options']['iterations']
+    if not (all(type(number) is int for number in (at.phase, at.evaluation, at.number, at.cycle, *at.starts)) and
+            0 <= at.phase == len(at.starts) - 1 < phases and 0 <= at.evaluation <= iterations and
+            0 == at.starts[0] < at.number == at.starts[-1] + at.evaluation and
+            all(0 < after - before <= iterations for before, after in itertools.pairwise(at.starts)) and
+            0 <= at.cycle <= at.evaluation and type(at.excess) is float and abs(at.excess) <= 256 and
             type(at.error) is float and 0 <= at.error <= 255 and type(at.frames) in (str, type(None)) and
             sound_restarts(at) and type(at.header['random_seed']) is int and 0 <= at.header['random_seed'] < 10 ** 9):
         raise ValueError('its numbers are none that a run counts')
@@ -4673,6 +4709,11 @@ def sound_restarts(at):
         for evaluation, error in at.restarts.values())
 
 
+def flags_of(rule):
+    """The options that follow a rule on --resume."""
+    return [flag for rows in OPTIONS.values() for flag, resume, *_ in rows if resume == rule]
+
+
 def differing(then, now):
     """Differences between the `provenance` of a checkpoint and that of this run, as (name, then, now)."""
     inputs, noisy = now['inputs'], now['options']['seed'] == 'noise'
@@ -4682,14 +4723,15 @@ def differing(then, now):
               'content_weight': same and not inputs['content'], 'content_layers': same and not inputs['content'],
               'semantic_weight': same and not inputs['style_map']}
     seed = then['random_seed'] if now['random_seed'] is None or not noisy else now['random_seed']
-    flags = [flag for rows in OPTIONS.values() for flag, resume, *_ in rows if resume == SAME]
-    pairs = [(flag, then['options'][attribute(flag)], now['options'][attribute(flag)]) for flag in flags
-             if not unused.get(attribute(flag))]
+    checksum = now['weights']['sha256'] or then['weights']['sha256']    # --check knows none
+    pairs = [(flag, then['options'][attribute(flag)], now['options'][attribute(flag)])
+             for flag in flags_of(SAME) + flags_of(MORE) if not unused.get(attribute(flag))]
     pairs += [(f'the picture `{name}`', then['inputs'].get(name), inputs[name]) for name in inputs]
     pairs += [('the size', then['shapes'], now['shapes']),
-              ('the file of weights', then['weights']['sha256'], now['weights']['sha256']),
+              ('the file of weights', then['weights']['sha256'], checksum),
               ('--random-seed', then['random_seed'], seed)]
-    return [pair for pair in pairs if pair[1] != pair[2]]
+    return [(name, before, after) for name, before, after in pairs if before != after and not (
+        name in flags_of(MORE) and type(before) is int and before < after)]
 
 
 def is_before(line, at):
@@ -4722,7 +4764,7 @@ class Journal:
     def __init__(self, options, places, inputs, at):
         self.options, self.places, self.inputs, self.saved, self.told = options, places, inputs, None, set()
         self.page, self.names = Page(options, inputs), None             # names of the losses, once a phase began
-        self.bar = tqdm(total=options.phases * options.iterations, initial=at.number, disable=None, leave=False)
+        self.bar = tqdm(total=at.number + sum(at.left(options)), initial=at.number, disable=None, leave=False)
         self.log, self.unwritten = None, b''
         if options.log:
             self.log, old = open_log(options.log, at)
@@ -4855,6 +4897,12 @@ class Journal:
             with self.spared(self.places.checkpoint):
                 write_checkpoint(self.places.checkpoint, at)
 
+    def keep_last(self, at):
+        """Write a checkpoint of a run that has ended, and say so."""
+        with self.spared(self.places.checkpoint):
+            write_checkpoint(self.places.checkpoint, at)
+            self.say(f'  - Checkpoint: `{self.places.checkpoint}`; --resume with more --iterations goes on from there.')
+
     def save(self, at, last=True):
         """Save the last accepted image; at the `last` time to any folder that can be written. Whether it is saved."""
         if not at.number or self.saved is at.minimiser.image:
@@ -4899,18 +4947,18 @@ class Page:
 
     def show(self, at, names, state):
         """Write what the page shows; while the run is 'running' at most every two seconds."""
-        now, every, total = time.time(), self.options.save_every, self.options.phases * self.options.iterations
+        now, every, left = time.time(), self.options.save_every, at.left(self.options)
         if state == 'running' and now < self.shown + 2:
             return
         if not self.shown or not os.path.isfile(os.path.join(at.frames, 'watch.html')):
             self.write_page(at.frames)
         seconds = (now - self.start) / max(1, at.number - self.first)
-        later = sum(self.costs[at.phase + 1:]) / self.costs[at.phase] * self.options.iterations
+        rest = sum(count * cost for count, cost in zip(left, self.costs)) / self.costs[at.phase]
         frames = (f'{number:04d}.png' for number in range((at.number - 1) // every * every, -1, -every))
         newest = next((name for name in frames if os.path.isfile(os.path.join(at.frames, name))), None)
         write_text(os.path.join(at.frames, 'watch.js'), 'watch({})\n'.format(json.dumps(dict(
-            state=state, time=now, number=at.number, total=total, phase=at.phase, phases=self.options.phases,
-            seconds=seconds, left=seconds * (self.options.iterations - at.evaluation + later), names=names,
+            state=state, time=now, number=at.number, total=at.number + sum(left), phase=at.phase,
+            phases=self.options.phases, seconds=seconds, left=seconds * rest, names=names,
             frame=newest, losses=at.losses[::1 + len(at.losses) // self.POINTS]))))
         self.shown = now
 
@@ -4937,9 +4985,10 @@ def write_text(path, text):
 
 def write_figure(path, journal, at):
     """Write the run's figure; returns a line that says so."""
-    figure, iterations = import_beside('samples/figure.py', '--figure'), journal.options.iterations
+    figure, last = import_beside('samples/figure.py', '--figure'), at.losses[-1][0]
     panels = figure.panels_of(journal.inputs, journal.pixels(at.minimiser.image, journal.inputs.size))
-    write_image(figure.figure(panels, journal.names, at.losses, range(0, at.losses[-1][0] + 1, iterations)), path)
+    starts = [start for start in at.starts if start <= last]
+    write_image(figure.figure(panels, journal.names, at.losses, starts), path)
     return f'  - Figure: `{path}`.'
 
 
@@ -4957,11 +5006,9 @@ def write_animation(path, journal, at):
 
 def paint_and_save(objective, inputs, options, at, journal):
     """Paint, and save the image also after an error or signal; returns the exit code."""
-    start, device, places = time.time(), at.header['device'], journal.places
+    start, device, places, begun = time.time(), at.header['device'], journal.places, at.number
     try:
         with contextlib.closing(journal), Signals() as signals:
-            if at.number:
-                journal.say(f'  - Going on from `{places.checkpoint}`, after {at.number} evaluations.')
             paint(objective, inputs, options, at, journal, signals)
     except KeyboardInterrupt as interruption:
         saved = 'there is nothing to save' if not at.number else 'the image so far could be written nowhere'
@@ -4985,9 +5032,12 @@ def paint_and_save(objective, inputs, options, at, journal):
         raise
     if journal.saved is None:
         raise UserError('The result could not be written anywhere.', 'make room, and --resume')
+    if options.keep_checkpoint:
+        journal.keep_last(at)
     journal.finish(at, 'ended')
-    with contextlib.suppress(OSError):
-        os.unlink(places.checkpoint)
+    if at.number > begun and not options.keep_checkpoint:               # else the run had ended before, and kept it
+        with contextlib.suppress(OSError):
+            os.unlink(places.checkpoint)
     say(f'\n{bold("Optimization finished")} in {time.time() - start:.1f}s, average pixel error {at.error:.1f}, '
         f'on device `{device}`: {kept(journal.places)}.')
     return 0

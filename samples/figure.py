@@ -6,6 +6,7 @@
 makes run.png and other.png of the logs of earlier runs (doodle.py --log), whose pictures are read again from where the
 log says. doodle.py --figure makes the same at the end of a run, and --animation one that moves, of the run's frames.
 """
+import itertools
 import json
 import math
 import os
@@ -135,15 +136,17 @@ def read_log(path):
         iterations, phases = header['options']['iterations'], header['options']['phases']
         entries = [entry for entry in entries if 'total' in entry]      # others tell that a phase has converged
         names = list(logged(entries[0])) if entries else []
-        rows = [(entry['phase'] * iterations + entry['evaluation'], *map(float, logged(entry).values()))
+        # A run may have gone on with more evaluations in a phase than its header tells, and has at most 30 phases.
+        counts = {entry['phase']: entry['evaluation'] + 1 for entry in entries}
+        starts = [0, *itertools.accumulate(counts.get(phase, iterations) for phase in range(min(phases, 32) - 1))]
+        rows = [(starts[entry['phase']] + entry['evaluation'], *map(float, logged(entry).values()))
                 for entry in entries]
         if any(len(row) != len(names) + 1 or not all(map(math.isfinite, row)) for row in rows):
             raise ValueError('its evaluations have other terms')
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise doodle.UserError(f'{path!r} cannot be read as a log: {doodle.one_line(error)}.',
                                'name a file that doodle.py --log has written') from None
-    return header, names, rows, [phase * iterations for phase in range(phases) if rows and
-                                 phase * iterations <= rows[-1][0]]
+    return header, names, rows, [start for start in starts if rows and start <= rows[-1][0]]
 
 
 def read_panels(header):

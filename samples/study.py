@@ -57,7 +57,7 @@ import doodle  # noqa: E402
 
 PROGRAM = doodle.beside('doodle.py')
 # Options of doodle.py that a study has not, or sets itself.
-LEFT_OUT = '--frames', '--log', '--figure', '--animation', '--check', '--resume', '--version'
+LEFT_OUT = '--frames', '--log', '--figure', '--animation', '--check', '--resume', '--keep-checkpoint', '--version'
 FIXED = {'--random-seed': ['1'], '--save-every': ['0']}               # where nothing else is given
 WITHOUT_EFFECT = '--network', '--output', '--semantic-ext', '--print-every', '--save-every'     # but by the files read
 MOST = 9999                                                           # runs of a study

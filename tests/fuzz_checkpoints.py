@@ -70,8 +70,9 @@ def made(folder):
         path = os.path.join(folder, str(number))
         losses, restarts = [(k, 3., 2., 1.) for k in range(number)], {minimiser.restart() or '': [1, 9.]}
         doodle.write_checkpoint(path, doodle.Checkpoint(header, 0, number, number, 9., folder, minimiser, matches,
-                                                        losses, restarts))
-        yield header, path, go_on(minimiser)
+                                                        losses, restarts, starts=[0]))
+        more = {'iterations': 40 + number % 2}                          # what some go on with
+        yield header | {'options': header['options'] | more}, path, go_on(minimiser)
 
 
 def outcome(path, header, images):

@@ -134,6 +134,17 @@ def test_a_curve_is_where_its_losses_are(figure):
         assert abs(y - figure.TITLE - whole * (3 - power) / 3) <= 2
 
 
+def test_a_log_may_have_more_evaluations_in_later_phases(figure, tmp_path):
+    """As after --resume with more --iterations; and it may begin in the second phase."""
+    entries = [dict(phase=phase, evaluation=k, total=1., content={}, style={}, smooth=1.)
+               for phase, count in ((0, 3), (1, 5), (2, 8)) for k in range(count)]
+    for first, starts in (0, [0, 3, 8]), (3, [0, 3, 8]), (5, [0, 3, 8]):
+        lines = [dict(options=dict(iterations=3, phases=4)), *entries[first:]]
+        (tmp_path / 'log').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        _, _, rows, found = figure.read_log(tmp_path / 'log')
+        assert [number for number, *_ in rows] == [*range(first, 16)] and found == starts
+
+
 @pytest.mark.parametrize('content', [
     '', '{"options": 3}\n', '[1]\n', '{"options": {"iterations": 3, "phases": 1}}\n{"total": 1}\n', '\x00\xff'])
 def test_what_is_no_log_is_refused(tmp_path, content):

@@ -415,19 +415,22 @@ def test_whole_cycles_are_counted_as_if_they_had_been_made(doodle):
     """The minimiser starts anew after 5, 9, 12, 16, 19, .. evaluations, from two images in turn."""
     gradients = [300., 7.] + 9 * [90., 2., .5, 31., 1., .2, 8.]                        # the largest; 7 in a cycle
 
-    def walked(iterations, skipping):
+    def walked(iterations, skipping, before):
+        """A run of so many evaluations, that was to have so many `before` at first."""
         at, entries = doodle.Checkpoint({}, memory={'fresh': np.array(False)}), []
         journal = SimpleNamespace(skip=lambda at, *cycle: entries.append((at.evaluation, *cycle)))
         at.minimiser = SimpleNamespace(restart=lambda: at.evaluation > 2 and 'ba'[at.evaluation % 7 == 5]
                                        if at.evaluation % 7 in (2, 5) else None)
         while at.evaluation < iterations:
             if skipping:
-                at.skip(iterations, journal)
+                at.skip(iterations if at.evaluation >= before else before, journal)
             at.count(gradients[at.evaluation])
         return at, entries
-    for iterations, skipped in ((12, 0), (13, 0), (19, 0), (20, 7), (26, 7), (27, 14), (61, 42)):
-        (at, entries), (other, _) = (walked(iterations, skipping) for skipping in (True, False))
-        assert entries == ([(12, 7, skipped)] if skipped else [])
+    for iterations, before, skips in (
+            (12, 1, {}), (13, 1, {}), (19, 1, {}), (20, 1, {12: 7}), (26, 1, {12: 7}), (27, 1, {12: 14}),
+            (61, 1, {12: 42}), (61, 12, {12: 42}), (61, 13, {13: 42}), (61, 17, {17: 42}), (61, 30, {12: 14, 30: 28})):
+        (at, entries), (other, _) = (walked(iterations, skipping, before) for skipping in (True, False))
+        assert entries == [(evaluation, 7, skipped) for evaluation, skipped in skips.items()]
         assert (at.evaluation, at.number) == (other.evaluation, other.number) == (iterations, iterations)
         assert at.error == pytest.approx(other.error, rel=1e-12)
 
@@ -483,3 +486,46 @@ def test_a_run_that_holds_matches_is_resumed_bit_for_bit(textured):
         textured('--line-search=held', stop=stop)
         resumed = textured('--line-search=held', '--resume')
         assert resumed.log == whole.log and resumed.files == whole.files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('option', ['--line-search=fresh', '--cache=1', '--variety=0.1', '--line-search=held',
+                                    '--stop-when-converged=0'])
+def test_a_run_that_ended_goes_on_bit_for_bit(textured, option):
+    """In the midst of line searches, and of a cycle whose evaluations were remembered."""
+    whole = textured(option)
+    textured(option, '--iterations=77', '--keep-checkpoint')
+    for before, number in ((77, 101), (101, 120)):
+        more = textured(option, '--resume', '--keep-checkpoint', f'--iterations={number}')
+        assert (more.code, more.log) == (0, whole.log[before:number])
+        frames = {name: content for name, content in more.files.items() if name != 'output.png' or number == 120}
+        assert frames == {name: whole.files[name] for name in frames} and len(frames) > 1
+
+
+@pytest.mark.slow
+def test_a_second_phase_with_near_matches_goes_on_bit_for_bit(doodle, textured, monkeypatch):
+    """After a run that ended as after one that was stopped."""
+    monkeypatch.setattr(doodle, 'NEAR_PAIRS', 0)
+    given = '--matching=near', '--phases=2', '--rotations=1', '--keep-checkpoint'
+    stopped, other = (textured(*given, *option, stop=stop)
+                      for option, stop in ((['--iterations=30'], 43), (['--resume', '--iterations=50'], None)))
+    ended, more = (textured(*given, *option) for option in (['--iterations=30'], ['--resume', '--iterations=50']))
+    assert stopped.code == 143 and ended.code == 0 and len(other.log) == 30 + 50
+    assert more.log == other.log[60:] and more.files['output.png'] == other.files['output.png']
+    assert ended.log == other.log[:60]
+
+
+@pytest.mark.slow
+def test_a_run_that_has_converged_says_so_at_once_when_it_goes_on(textured):
+    """In the midst of a cycle of 21 evaluations, the last of which begins at 191."""
+    whole = textured('--iterations=300', picture=2)
+    ended, short, more = (textured('--keep-checkpoint', f'--iterations={number}', *option, picture=2)
+                          for number, option in ((200, []), (210, ['--resume']), (300, ['--resume'])))
+    assert 'converged' not in ended.out and len(ended.log) == 200
+    for run in (short, more):
+        assert ' Phase #0 has converged: it only repeats its last 21.\n' in run.out
+    assert len(short.log) == 10 and 'this phase' not in short.out
+    assert more.log[0] == dict(phase=0, evaluation=210, cycle=21, skipped=84)
+    assert len(more.log) == 1 + 6 and more.log[3:] == whole.log[-4:]                   # it skips to 296 at once
+    assert more.files['output.png'] == whole.files['output.png']
+    assert more.out.splitlines()[-1].split('average')[1] == whole.out.splitlines()[-1].split('average')[1]

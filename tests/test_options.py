@@ -28,7 +28,7 @@ DEFAULTS = dict(
     smoothness=1.0, variety=0.0, seed='noise', seed_range=(16.0, 240.0),
     iterations=100, device='cpu', print_every=10, save_every=10)
 OURS = dict(method='champandard', rotations=0, scales=0, max_size=None, random_seed=None, network=None, weights=None,
-            frames='frames', log=None, resume=False, check=False, auto_maps=0,
+            frames='frames', log=None, resume=False, keep_checkpoint=False, check=False, auto_maps=0,
             style_scale=1, keep_colors=False, figure=None, animation=None,
             stop_when_converged=1, matching='exact', line_search='fresh')
 

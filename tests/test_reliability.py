@@ -152,7 +152,7 @@ def test_divergence_is_resumed_like_anything_else(painted, number):
 
 
 DIFFERENT = {
-    '--style-weight': ['--style-weight=24'], '--iterations': ['--iterations=21'], '--phases': ['--phases=1'],
+    '--style-weight': ['--style-weight=24'], '--iterations': ['--iterations=19'], '--phases': ['--phases=1'],
     '--style-layers': ['--style-layers=3_1'], '--seed': ['--seed=content'], '--seed-range': ['--seed-range=0:9'],
     '--variety': ['--variety=1'], '--semantic-weight': ['--semantic-weight=0'], '--random-seed': ['--random-seed=0'],
     'content': ['--content=other.png'], 'style': ['--style=other.png'], 'content_map': ['--content=mapped.png'],
@@ -278,7 +278,7 @@ def test_a_broken_checkpoint_is_refused_and_kept(painted, content):
     assert open(CHECKPOINT, 'rb').read() == before
 
 
-def rewrite(change, version='1.0.0', format=3):
+def rewrite(change, version='1.0.0', format=4):
     """Change the numbers and the arrays of a checkpoint, {name: array}, and make its checksum right."""
     with open(CHECKPOINT, 'rb') as file:
         file.readline()
@@ -330,7 +330,7 @@ FORGED = {
     'x': 300., 'image': np.nan, 'work': np.inf, 'gradient': np.nan, 'indices 3': -1, 'indices -1': 10**9,
     'integers 3': 10**6, 'integers 15': -1, 'integers 26': 5, 'integers 27': 6, 'integers 28': -1, 'integers 30': -3,
     'integers 37': 10**9, 'task': 1, 'logicals 1': 0, 'doubles': np.nan, 'unknown': 0,
-    'restarts': {'': [99, 1.]}}
+    'restarts': {'': [99, 1.]}, 'starts': [0, 0], 'cycle': 99, 'excess': 1e9}
 
 
 @pytest.mark.parametrize('field', mostly_slow(FORGED, 'header', 'limit', 'work', 'indices -1', 'integers 3'))
@@ -411,7 +411,7 @@ def test_a_checkpoint_that_is_not_wanted_is_mentioned_and_replaced(painted):
     with pytest.raises(Killed):
         painted(at={12: stop(Killed)})
     again = painted()
-    assert f'`{CHECKPOINT}` of a run that did not end will be replaced' in again.out and len(again.asked) == 40
+    assert f'`{CHECKPOINT}` of a run before will be replaced' in again.out and len(again.asked) == 40
 
 
 def test_an_interruption_leaves_a_checkpoint_of_all_that_was_done(painted):
@@ -454,6 +454,105 @@ def test_three_kills_of_a_real_run(tmp_path):
     assert len(killed.lost) == 3 and max(killed.lost) <= 2 and killed.left == 0
     assert killed.log == whole.log and len(whole.log) == 16
     assert (tmp_path / 'killed/o.png').read_bytes() == (tmp_path / 'whole/o.png').read_bytes()
+
+
+# ---- more iterations -------------------------------------------------------------------------------------------------
+
+def ran(painted, *arguments, **how):
+    """`painted`, with all that it wrote: frames and result in `files`; and the numbers that the page was told."""
+    done = painted(*arguments, **how)
+    done.files = {path.name: path.read_bytes() for path in [*Path('frames').glob('0*.png'), Path('o.png')]}
+    page = json.loads(re.fullmatch(r'watch\((.*)\)\n', Path('frames/watch.js').read_text())[1])
+    done.page = [page[name] for name in ('number', 'total', 'phase', 'left')]
+    return done
+
+
+def anew():
+    """Remove what runs wrote."""
+    shutil.rmtree('frames')
+    for path in {'log', 'o.png', CHECKPOINT} & set(os.listdir()):
+        os.remove(path)
+
+
+def test_a_run_that_ended_goes_on_with_more_iterations(painted):
+    whole = ran(painted, '--random-seed=3', '--phases=1', '--iterations=33')
+    anew()
+    for before, number in ((0, 12), (12, 20), (20, 33)):
+        more = ran(painted, '--resume', '--keep-checkpoint', *['--random-seed=3'] * (not before), '--phases=1',
+                   f'--iterations={number}')
+        assert (more.code, len(more.asked), more.page) == (0, number - before, [number, number, 0, 0])
+        assert f'  - Checkpoint: `{CHECKPOINT}`; --resume with more --iterations goes on from there.\n' in more.out
+        assert not before or (f'  - Going on from `{CHECKPOINT}`, after {before} evaluations, with {number} instead of '
+                              f'{before} in phase #0 and later ones.\n') in more.out
+    assert more.log[1:] == whole.log[1:] and more.files == whole.files and more.history == whole.history[20:]
+
+
+def test_the_checkpoint_s_phase_and_later_ones_have_the_new_number(painted):
+    """Also where the run was killed in the second of three phases, continued, killed there again, and continued."""
+    given = '--random-seed=3', '--phases=3', '--save-every=4'
+    for number, at in ((12, 17), (20, 9), (20, 12)):                               # evaluations of this start
+        with pytest.raises(Killed):
+            painted('--resume', *given, f'--iterations={number}', at={at: stop(Killed)})
+    more = ran(painted, '--resume', *given, '--iterations=25', '--figure=figure.png')
+    assert [entry['evaluation'] for entry in more.log[1:]] == [*range(12), *range(20), *range(25)]
+    assert [entry['phase'] for entry in more.log[1:]] == 12 * [0] + 20 * [1] + 25 * [2]
+    assert more.code == 0 and more.page == [57, 57, 2, 0] and not os.path.exists(CHECKPOINT)
+    assert sorted(more.files) == [*(f'{number:04d}.png' for number in range(0, 57, 4)), 'o.png']
+
+
+def test_a_phase_that_goes_on_is_that_of_a_run_that_had_more_at_once(painted):
+    """The second phase of a run that ended, and of one that was interrupted; the first stays as it was."""
+    given, runs = ['--random-seed=3', '--keep-checkpoint'], []
+    for at in ({}, {18: stop(KeyboardInterrupt(signal.SIGTERM))}):
+        first = painted(*given, '--iterations=12', at=at)
+        runs.append(ran(painted, '--resume', *given, '--iterations=20'))
+        assert first.code == (143 if at else 0) and len(first.asked) + len(runs[-1].asked) == 32 + bool(at)
+        anew()
+    assert runs[0].log[1:] == runs[1].log[1:] and runs[0].files == runs[1].files and runs[0].page == [32, 32, 1, 0]
+    assert numbers(runs[0].log) == [*((0, k) for k in range(12)), *((1, k) for k in range(20))]
+
+
+def test_a_run_that_ended_has_nothing_left_to_do_and_keeps_its_checkpoint(painted):
+    whole = ran(painted, '--random-seed=3', '--keep-checkpoint')
+    kept = open(CHECKPOINT, 'rb').read()
+    again = ran(painted, '--resume')
+    assert (again.code, again.asked, again.files, again.log, again.page) == (0, [], whole.files, whole.log, whole.page)
+    assert (f'  - The run of `{CHECKPOINT}` has ended after 40 evaluations: nothing is left to do; it goes on with '
+            '--resume and more than --iterations=20.\n') in again.out and 'Going on' not in again.out
+    assert open(CHECKPOINT, 'rb').read() == kept
+    fewer = painted('--resume', '--iterations=19')
+    assert fewer.code == 2 and '  FIX: resume with what it was or more, or leave --resume out' in fewer.err
+    assert painted('--resume', '--iterations=21').code == 0 and not os.path.exists(CHECKPOINT)
+
+
+@pytest.mark.parametrize('starts, evaluation', mostly_slow(
+    [([0, 13], 2), ([0, 0], 15), ([-2, 10], 5), ([2, 12], 3), ([0], 15), ([0, 5, 10], 5), ([], 3), (None, 3), ('09', 3),
+     ([0, 10.], 5)], ([0, 13], 2)))
+def test_phases_that_began_where_none_can_are_refused(painted, starts, evaluation):
+    """In a run of 12, of which 15 were made."""
+    given = '--iterations=12', '--save-every=5'
+    with pytest.raises(Killed):
+        painted(*given, at={17: stop(Killed)})
+    rewrite(lambda numbers, arrays: numbers.update(starts=starts, evaluation=evaluation))
+    refused = painted('--resume', *given)
+    assert refused.code == 2 and 'cannot be read as a checkpoint: ' in refused.err and not refused.asked
+    rewrite(lambda numbers, arrays: numbers.update(starts=[0, 12], evaluation=3))
+    assert len(painted('--resume', *given).asked) == 9
+
+
+def test_check_tells_what_is_left(doodle, painted, monkeypatch):
+    monkeypatch.setattr(doodle, 'product_rate', lambda: 1e11)
+    with pytest.raises(Killed):
+        painted('--iterations=12', at={17: stop(Killed)})
+    before = {path: path.read_bytes() for path in Path().rglob('*') if path.is_file()}
+    for arguments, lines in (([], ['Phase #0: 48x56, 12', 'Phase #1: 96x112, 12']),
+                             (['--resume'], ['Phase #1: 96x112, 9']),
+                             (['--resume', '--iterations=20'], ['Phase #1: 96x112, 17'])):
+        checked = painted('--iterations=12', *arguments, '--check')
+        assert checked.code == 0 and re.findall('Phase #.*(?= evaluations of)', checked.out) == lines
+        assert ('Going on' in checked.out) == ('--resume' in arguments)
+    assert painted('--resume', '--iterations=11', '--check').code == 2
+    assert {path: path.read_bytes() for path in Path().rglob('*') if path.is_file()} == before
 
 
 # ---- disk ------------------------------------------------------------------------------------------------------------
