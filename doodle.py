@@ -1909,7 +1909,7 @@ def check_sizes(inputs, options):
 
 # What each unit of `work` costs, as a number of multiply-adds of a large matrix product in NumPy on one core that take
 # as long. samples/measure_time.py fits them to measured evaluations.
-COSTS = {'products': 0.3, 'transforms': 105., 'scores': 1.5, 'raw scores': 1.45, 'near scores': 3., 'gram': 0.42,
+COSTS = {'products': 0.3, 'transforms': 105., 'byte scores': 0.45, 'scores': 1.45, 'near scores': 3., 'gram': 0.42,
          'features': 770., 'pixels': 9700.}
 ON_ONE_CORE = 'features', 'pixels'
 
@@ -1918,8 +1918,9 @@ def work(size, style_size, options, phase=0):
     """What an evaluation does, as {key of `COSTS`: amount}.
 
     Multiply-adds by the direct forms (products: of the convolutions, forward and backward; scores: of all pairs of
-    patches, or raw ones of features that are not unit vectors; near scores: of the patches that `NearMatching` tries;
-    gram), floats (transforms: what the convolutions read and write; features: those of the style layers), and pixels.
+    patches, or where `Matching` bounds them by bytes, byte scores; near scores: of the patches that `NearMatching`
+    tries; gram), floats (transforms: what the convolutions read and write; features: those of the style layers), and
+    pixels.
 
     Parameters
     ----------
@@ -1934,7 +1935,7 @@ def work(size, style_size, options, phase=0):
     found = dict.fromkeys(COSTS, 0) | {
         'products': sum(2 * 9 * C * K * pixels for C, K, pixels in convolutions),
         'transforms': sum(2 * (C + K) * pixels for C, K, pixels in convolutions), 'pixels': math.prod(size)}
-    exact = 'scores' if style_term(options).reads_maps and not options.variety else 'raw scores'
+    exact = 'byte scores' if has_dot() and style_term(options).reads_maps and not options.variety else 'scores'
     for name in options.style_layers if options.style_weight else ():
         found['features'] += filters(name) * area(name)
         if not style_term(options).patched:
@@ -1950,6 +1951,11 @@ def work(size, style_size, options, phase=0):
         else:
             found[exact] += filters(name) * area(name) * h * w / (options.iterations if options.cache else 1)
     return found
+
+
+def has_dot():
+    """Whether the processor multiplies bytes as `Matching` needs it."""
+    return bool(re.search(r'\b(avx512_vnni|asimddp)\b', text_of('/proc/cpuinfo')))
 
 
 def efforts(inputs, options):

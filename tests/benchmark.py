@@ -65,6 +65,7 @@ class Ours:
             self.objective(small[0])
         self.objective.set_phase(content, style, content_map, style_map, content.shape[:0:-1], None,
                                  options.matching == 'near')
+        doodle.return_freed_memory(at_once=False)                       # as in a phase of a run
 
     def alone(self):
         """Compile what is timed alone, the network and the search."""
@@ -201,7 +202,8 @@ def main():
     median = {name: {part: float(np.median(t)) for part, t in parts.items()} for name, parts in times.items()}
     counted = doodle.parse_options(['--style=-', '--content=-'])
     amounts = doodle.work(*(picture.shape[:0:-1] for picture in pair[:2]), counted)
-    operations = {'network': 2 * amounts['products'] / 1e9, 'search': 2 * amounts['scores'] / 1e9}
+    operations = {'network': 2 * amounts['products'] / 1e9,
+                  'search': 2 * (amounts['scores'] + amounts['byte scores']) / 1e9}
     again = ['--weights', a.weights, f'--options={a.options}']
 
     print(f'{a.size[0]}x{a.size[1]}, {weights.kind}, {len(os.sched_getaffinity(0))} cores, '

@@ -16,6 +16,7 @@ def planned(doodle, monkeypatch):
     """plan()'s lines for pictures of these sizes, on two cores that make 1e9 multiply-adds a second."""
     monkeypatch.setattr(doodle, 'product_rate', lambda: 1e9)
     monkeypatch.setattr(doodle, 'allowed_cores', lambda: 2)
+    monkeypatch.setattr(doodle, 'has_dot', lambda: True)
 
     def planned(size, style_size, *arguments):
         content, style = (np.zeros((*s[::-1], 3), np.uint8) for s in (size, style_size))
@@ -28,11 +29,11 @@ LAYER = ['--style-layers=1_1', '--content-layers=1_1', '--phases=1']
 
 
 @pytest.mark.parametrize('arguments, expected', [
-    ([], {'scores': 64 * 4800 * 2000, 'features': 64 * 4800}),
-    (['--variety=1'], {'raw scores': 64 * 4800 * 2000, 'features': 64 * 4800}),
-    (['--cache=1'], {'scores': 64 * 4800 * 2000 / 60, 'features': 64 * 4800}),
+    ([], {'byte scores': 64 * 4800 * 2000, 'features': 64 * 4800}),
+    (['--variety=1'], {'scores': 64 * 4800 * 2000, 'features': 64 * 4800}),
+    (['--cache=1'], {'byte scores': 64 * 4800 * 2000 / 60, 'features': 64 * 4800}),
     (['--method=li-wand', '--rotations=0', '--scales=1'],               # of 50x40, 47x38 and 52x42 pixels
-     {'raw scores': 64 * 4800 * 52 * 120, 'features': 64 * 4800}),
+     {'scores': 64 * 4800 * 52 * 120, 'features': 64 * 4800}),
     (['--style-weight=0'], {}),
     (['--method=gatys', '--style-layers=1_1'], {'gram': 64 ** 2 * 4800, 'features': 64 * 4800})])
 def test_time_is_that_of_the_work(doodle, planned, arguments, expected):
@@ -44,6 +45,15 @@ def test_time_is_that_of_the_work(doodle, planned, arguments, expected):
                   for name, amount in expected.items()) / 1e9
     assert float(re.search(r'60 evaluations of about ([\d,.]+) s', phase)[1]) == pytest.approx(seconds, abs=.006)
     assert float(re.search(r'about (\d+) minutes', total)[1]) == pytest.approx((7 + 60 * seconds) / 60, abs=.6)
+
+
+@pytest.mark.parametrize('flags, key', [('fma avx512_vnni avx512_bitalg', 'byte scores'), ('fma avx512f', 'scores'),
+                                        ('asimd asimddp', 'byte scores'), ('asimd', 'scores')])
+def test_scores_are_cheaper_where_the_processor_multiplies_bytes(doodle, monkeypatch, flags, key):
+    monkeypatch.setattr(doodle, 'text_of', lambda path: f'processor: 0\nflags: {flags}\n')
+    amounts = doodle.work((80, 60), (50, 40), doodle.parse_options(['--style=-', '--content=-']))
+    assert {name for name in ('scores', 'byte scores') if amounts[name]} == {key}
+    assert doodle.COSTS['byte scores'] < doodle.COSTS['scores']
 
 
 def test_time_is_the_sum_of_the_phases(planned):
@@ -68,7 +78,7 @@ def test_nothing_is_refused_for_its_time_but_a_long_exact_search_is_told(planned
     if told:
         exact, near = map(float, found.groups())
         faster = planned((2048, 2048), (2048, 2048), *arguments, '--matching=near')[-1]
-        assert exact > 8 * near and f'about {near} hours' in faster
+        assert exact > 4 * near and f'about {near} hours' in faster
 
 
 @pytest.mark.parametrize('device, arguments, said', [
@@ -87,7 +97,7 @@ def test_costs_can_be_measured():
                              check=True).stdout
     assert len(re.findall(r'^ +[\d.]+ s +[\d.]+ s +[\d.]+ s \([-+]\d+%\) +\d+ \d+$', printed, re.MULTILINE)) == 3
     costs = dict(re.findall(r"'([a-z ]+)': ([-\d.e+]+)", printed[printed.index('Fitted'):]))
-    assert float(costs['scores']) > 0 and float(costs['pixels']) > 0
+    assert max(float(costs['scores']), float(costs['byte scores'])) > 0 and float(costs['pixels']) > 0
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
