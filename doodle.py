@@ -1219,7 +1219,7 @@ def paint(objective, inputs, options, at, journal, signals):
             objective.set_phase(
                 None if inputs.content is None else to_planes(resized(inputs.content, size, Image.LANCZOS)),
                 to_planes(style), inputs.content_map, inputs.style_map, size, inputs.style_alpha, phase > 0)
-        return_freed_memory(at_once=False)
+        return_freed_memory(40 * math.prod(size))                       # all that is smaller than conv3's features
         if at.minimiser and at.phase == phase:                          # a resumed run
             objective.restore(at.memory)
         elif at.minimiser:
@@ -1909,8 +1909,8 @@ def check_sizes(inputs, options):
 
 # What each unit of `work` costs, as a number of multiply-adds of a large matrix product in NumPy on one core that take
 # as long. samples/measure_time.py fits them to measured evaluations.
-COSTS = {'products': 0.3, 'transforms': 105., 'byte scores': 0.45, 'scores': 1.45, 'near scores': 3., 'gram': 0.42,
-         'features': 770., 'pixels': 9700.}
+COSTS = {'products': 0.22, 'transforms': 78., 'byte scores': 0.43, 'scores': 1.16, 'near scores': 2.5, 'gram': 1.8,
+         'features': 340., 'pixels': 7500.}
 ON_ONE_CORE = 'features', 'pixels'
 
 
@@ -2128,17 +2128,17 @@ def allow_files():
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def return_freed_memory(at_once=True):
-    """Have glibc return free memory to the system, then also blocks from 4 MB on at once; or else keep those below 32.
+def return_freed_memory(most=0):
+    """Have glibc return free memory to the system, and later blocks from 4 MB on at once, or none below `most` bytes.
 
-    Evaluations one after the other need the same blocks, and fresh pages for each would take a tenth of their time. But
-    what works in between, on arrays of other sizes, would leave gaps between blocks that are kept.
+    Evaluations one after the other need the same blocks, and fresh pages for each would take a quarter of their time.
+    But large blocks, and what works in between on arrays of other sizes, would leave gaps between those that are kept.
     """
     with contextlib.suppress(OSError, AttributeError):                  # another C library
         libc = ctypes.CDLL('libc.so.6')
         libc.malloc_trim(0)
-        libc.mallopt(-3, 4 << 20 if at_once else 32 << 20)              # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 128 << 10 if at_once else 2 ** 31 - 1)         # M_TRIM_THRESHOLD
+        libc.mallopt(-3, max(most, 4 << 20))                            # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2 ** 31 - 1 if most else 128 << 10)            # M_TRIM_THRESHOLD
 
 
 def keep_compiled_code():
