@@ -50,7 +50,7 @@ class Torch:
             self.patches = {layer: self.unfold(g[layer]).T.contiguous() for layer in style_layers}
 
     def tensor(self, array):
-        return self.torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self.device)
+        return self.torch.from_numpy(np.require(array, np.float32, 'CW')).to(self.device)
 
     def pooled(self, m, layer):
         return self.torch.nn.functional.avg_pool2d(m, 2 ** (int(layer[0]) - 1))
