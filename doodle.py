@@ -731,7 +731,7 @@ class PatchTerm:
     slices : int
         Batches of a GPU's matching.
     fast : bool
-        Use the engine's matching.
+        Use the engine.
     """
 
     degree = 2                                                          # of the loss as a polynomial in the features
@@ -4514,7 +4514,7 @@ class Checkpoint:
     losses: list = dataclasses.field(default_factory=list)              # (number, total, each term) by evaluation
     restarts: dict = dataclasses.field(default_factory=dict)            # {`Minimiser.restart`: [evaluation, error]}
     cycle: int = 0                                                      # evaluations that a converged phase repeats
-    excess: float = 0.                                                  # of `error` over its limit in that cycle
+    excess: float = 0.                # how far `error` still is from the value that the cycle brings it to
     starts: list = dataclasses.field(default_factory=list)              # `number` at the start of each phase so far
 
     def begin(self, phase, image, objective):

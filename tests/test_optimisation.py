@@ -489,8 +489,7 @@ def test_a_run_that_holds_matches_is_resumed_bit_for_bit(textured):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('option', ['--line-search=fresh', '--cache=1', '--variety=0.1', '--line-search=held',
-                                    '--stop-when-converged=0'])
+@pytest.mark.parametrize('option', ['--line-search=fresh', '--cache=1', '--variety=0.1', '--line-search=held'])
 def test_a_run_that_ended_goes_on_bit_for_bit(textured, option):
     """In the midst of line searches, and of a cycle whose evaluations were remembered."""
     whole = textured(option)
