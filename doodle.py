@@ -4775,7 +4775,7 @@ class Journal:
         if options.log:
             self.log, old = open_log(options.log, at)
             if not old:
-                self.write_log(at.header)
+                self.write_log(at.header | dict(starts=at.starts))
 
     @contextlib.contextmanager
     def spared(self, path):

@@ -6,7 +6,7 @@
 makes run.png and other.png of the logs of earlier runs (doodle.py --log), whose pictures are read again from where the
 log says. doodle.py --figure makes the same at the end of a run, and --animation one that moves, of the run's frames.
 """
-import itertools
+import contextlib
 import json
 import math
 import os
@@ -23,6 +23,7 @@ HEIGHT, TITLE, GAP = 300, 30, 8                                         # of a p
 PLOT = 1200, 360                                                      # width and height of the curves
 COLOURS = '#888888', '#c0392b', '#2980b9', '#27ae60', '#8e44ad', '#d35400', '#16a085', '#f39c12', '#7f5539'
 MOST, SIDE, SECONDS = 60, 480, 8                                        # of an animation: frames, pixels, length
+PHASES = 30                                                             # at most, where a log may be forged
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -56,24 +57,24 @@ def curves(names, rows, starts, size=PLOT):
     """
     losses = [loss for _, *terms in rows for loss in terms if loss > 0] or [1]
     low, high = math.floor(math.log10(min(losses))), math.floor(math.log10(max(losses))) + 1
-    last, (width, height), left, bottom = max(1, rows[-1][0]), size, 70, 30
+    last, (width, height), left, bottom = max(1, *(number for number, *_ in rows)), size, 70, 30
     page, font = Image.new('RGB', size, 'white'), ImageFont.load_default(15)
     pen = ImageDraw.Draw(page)
 
-    def place(number, loss):
+    def place(number, power):                                           # of a loss of 10 ** power
         return (left + (width - left - 20) * number / last,
-                TITLE + (height - TITLE - bottom) * (high - math.log10(loss)) / (high - low))
+                TITLE + (height - TITLE - bottom) * (high - power) / (high - low))
     for power in range(low, high + 1):
-        pen.line([place(0, 10. ** power), place(last, 10. ** power)], '#dddddd')
-        pen.text((left - 8, place(0, 10. ** power)[1]), f'1e{power}', 'black', font, 'rm')
+        pen.line([place(0, power), place(last, power)], '#dddddd')
+        pen.text((left - 8, place(0, power)[1]), f'1e{power}', 'black', font, 'rm')
     for k, start in enumerate(starts):
-        pen.line([place(start, 10. ** low), place(start, 10. ** high)], '#dddddd')
-        pen.text((place(start, 1)[0], height - bottom + 8), f'phase {k}', 'black', font)
+        pen.line([place(start, low), place(start, high)], '#dddddd')
+        pen.text((place(start, low)[0], height - bottom + 8), f'phase {k}', 'black', font)
     pen.text((width - 20, height - bottom + 8), f'evaluation {last}', 'black', font, 'ra')
     right = left
     for k, name in enumerate(names):
         colour = COLOURS[k % len(COLOURS)]
-        points = [place(number, terms[k]) for number, *terms in rows if terms[k] > 0]
+        points = [place(number, math.log10(terms[k])) for number, *terms in rows if terms[k] > 0]
         pen.line(points, colour, 2, 'curve') if len(points) > 1 else [pen.point(point, colour) for point in points]
         pen.line([(right, 15), (right + 20, 15)], colour, 4)
         pen.text((right + 26, 15), name, 'black', font, 'lm')
@@ -128,24 +129,37 @@ def logged(entry):
             **{f'style conv{layer}': loss for layer, loss in entry['style'].items()}, 'smoothness': entry['smooth']}
 
 
+@contextlib.contextmanager
+def understood(path):
+    """A block that reads a log, or what its header names: whatever it raises becomes a `UserError`."""
+    try:
+        yield
+    except doodle.UserError:
+        raise
+    except Exception as error:  # what is no log can raise anything
+        raise doodle.UserError(f'{path!r} cannot be read as a log: {doodle.one_line(error)}.',
+                               'name a file that doodle.py --log has written') from None
+
+
 def read_log(path):
     """A log as (header, names, rows, starts), as for `figure`."""
-    try:
+    with understood(path):
         with open(path, encoding='utf-8') as file:
             header, *entries = map(json.loads, file)
         iterations, phases = header['options']['iterations'], header['options']['phases']
         entries = [entry for entry in entries if 'total' in entry]      # others tell that a phase has converged
         names = list(logged(entries[0])) if entries else []
-        # A run may have gone on with more evaluations in a phase than its header tells, and has at most 30 phases.
+        # A run may have gone on with more evaluations in a phase than its header tells.
         counts = {entry['phase']: entry['evaluation'] + 1 for entry in entries}
-        starts = [0, *itertools.accumulate(counts.get(phase, iterations) for phase in range(min(phases, 32) - 1))]
+        starts = [*(header.get('starts') or [0])]                       # of the phases before the log, and its first
+        for phase in range(len(starts) - 1, min(phases, PHASES) - 1):
+            starts.append(starts[-1] + counts.get(phase, iterations))
         rows = [(starts[entry['phase']] + entry['evaluation'], *map(float, logged(entry).values()))
                 for entry in entries]
         if any(len(row) != len(names) + 1 or not all(map(math.isfinite, row)) for row in rows):
             raise ValueError('its evaluations have other terms')
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise doodle.UserError(f'{path!r} cannot be read as a log: {doodle.one_line(error)}.',
-                               'name a file that doodle.py --log has written') from None
+        if any(type(number) is not int or number < 0 for number in [*starts, *(number for number, *_ in rows)]):
+            raise ValueError('its evaluations have other numbers')
     return header, names, rows, [start for start in starts if rows and start <= rows[-1][0]]
 
 
@@ -187,7 +201,8 @@ def run(arguments):
     this = doodle.import_beside('samples/figure.py', '--figure')                    # this file as a module
     for log in options.logs:
         header, names, rows, starts = this.read_log(log)
-        panels, missing = this.read_panels(header)
+        with this.understood(log):
+            panels, missing = this.read_panels(header)
         path = options.output or os.path.splitext(log)[0] + '.png'
         doodle.image_format(path)
         if os.path.exists(path):

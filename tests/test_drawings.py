@@ -134,6 +134,12 @@ def test_a_curve_is_where_its_losses_are(figure):
         assert abs(y - figure.TITLE - whole * (3 - power) / 3) <= 2
 
 
+def test_curves_have_room_for_every_finite_loss(figure):
+    page = np.asarray(figure.curves(['a'], [(0, 1.7e308), (1, 5e-324)], [0]))
+    rows, _ = (page[40:] == ImageColor.getrgb(figure.COLOURS[0])).all(axis=2).nonzero()
+    assert rows.max() - rows.min() > 280
+
+
 def test_a_log_may_have_more_evaluations_in_later_phases(figure, tmp_path):
     """As after --resume with more --iterations; and it may begin in the second phase."""
     entries = [dict(phase=phase, evaluation=k, total=1., content={}, style={}, smooth=1.)
@@ -145,8 +151,26 @@ def test_a_log_may_have_more_evaluations_in_later_phases(figure, tmp_path):
         assert [number for number, *_ in rows] == [*range(first, 16)] and found == starts
 
 
+def test_a_log_that_begins_in_a_later_phase_tells_where_the_phases_began(doodle, figure, tmp_path):
+    """Those before had fewer evaluations than the header tells."""
+    def read(starts, evaluations):
+        lines = [dict(options=dict(iterations=8, phases=4), starts=starts), *(dict(
+            phase=2, evaluation=k, total=1., content={}, style={}, smooth=1.) for k in evaluations)]
+        (tmp_path / 'log').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        _, _, rows, found = figure.read_log(str(tmp_path / 'log'))
+        return [number for number, *_ in rows], found
+    assert read([0, 4, 10], range(5, 8)) == ([15, 16, 17], [0, 4, 10])
+    assert read([], range(5, 8)) == ([21, 22, 23], [0, 8, 16])
+    for starts, evaluation in ([0, 4, -10 ** 400], 5), ([0, 4, 10.5], 5), ('012', 5), ({}, -99), ([0, 4], 5.5):
+        with pytest.raises(doodle.UserError, match='cannot be read as a log'):
+            read(starts, [evaluation])
+
+
 @pytest.mark.parametrize('content', [
-    '', '{"options": 3}\n', '[1]\n', '{"options": {"iterations": 3, "phases": 1}}\n{"total": 1}\n', '\x00\xff'])
+    '', '{"options": 3}\n', '[1]\n', '{"options": {"iterations": 3, "phases": 1}}\n{"total": 1}\n', '\x00\xff',
+    '{"options": {"iterations": 3, "phases": 1}}\n', 99999 * '[',
+    '{"options": {"iterations": 3, "phases": 1}}\n{"phase": 0, "evaluation": 0, "total": 1%s, "content": {}, '
+    '"style": {}, "smooth": 1}\n' % (400 * '0')], ids=range(8))
 def test_what_is_no_log_is_refused(tmp_path, content):
     (tmp_path / 'a.log').write_text(content, encoding='latin-1')
     done = subprocess.run([sys.executable, ROOT / 'samples/figure.py', 'a.log'], cwd=tmp_path, capture_output=True,
