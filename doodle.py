@@ -4630,7 +4630,7 @@ def read_checkpoint(path, header):
         with open(path, 'rb', opener=opened_file) as file:
             check_head(file, path, header, restart)
             numbers, state = read_state(file)
-        at = Checkpoint(**numbers, losses=read_losses(state.pop('losses')))
+        at = Checkpoint(**numbers, losses=read_losses(state.pop('losses'), numbers['number']))
         differences = differing(at.header, header)
         if not differences:
             at.minimiser = check_progress(at, header)
@@ -4646,7 +4646,7 @@ def read_checkpoint(path, header):
         raise UserError(f'{path!r} is of a run in which {name} was another{values}.',
                         f'resume with what it was{" or more" * (name in flags_of(MORE))}, or {restart}')
     folder = os.path.realpath(header['options']['frames'])
-    if (at.header['options']['frames'] != header['options']['frames'] or not os.path.isdir(at.frames or '') or
+    if (at.header['options'].get('frames') != header['options']['frames'] or not os.path.isdir(at.frames or '') or
             os.path.commonpath([os.path.realpath(at.frames), folder]) != folder):
         at.frames = None                                                # claim a folder anew
     return at
@@ -4687,9 +4687,12 @@ def read_state(file):
     return numbers, state
 
 
-def read_losses(losses):
-    """The rows of ``Checkpoint.losses`` from their array in a file."""
-    if losses.ndim != 2 or not np.isfinite(losses).all():
+def read_losses(losses, count):
+    """The rows of ``Checkpoint.losses`` from their array in a file, of a run of so many evaluations."""
+    numbers = losses[..., 0]
+    if not (losses.ndim == 2 and losses.dtype == np.float64 and np.isfinite(losses).all() and
+            (numbers == numbers // 1).all() and (numbers[1:] > numbers[:-1]).all() and
+            ((0 <= numbers) & (numbers < count)).all()):
         raise ValueError('its losses are none of a run')
     return [(int(number), *terms) for number, *terms in losses.tolist()]
 
@@ -4810,6 +4813,9 @@ class Journal:
         self.since = time.time()
         self.names = ['total', *(f'content conv{layer}' for layer in objective.target),
                       *(f'style conv{layer}' for layer in objective.style), 'smoothness']
+        if at.losses and len(at.losses[0]) != 1 + len(self.names):
+            raise UserError('The checkpoint cannot be used: its losses are not those of this run.',
+                            'leave --resume out, to start anew')
         self.page.begin(at)
 
     def pixels(self, x, size):

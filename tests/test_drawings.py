@@ -96,10 +96,10 @@ def test_the_page_has_at_most_a_thousand_points(doodle, tmp_path):
 def test_losses_are_in_the_checkpoint_exactly(doodle):
     """So they are shown after a resume, too; broken ones are refused."""
     losses = [(0, 3.25, 1e-30), (1, 1 / 3, 2.)]
-    assert doodle.read_losses(np.array(losses)) == losses and doodle.read_losses(np.zeros((0, 3))) == []
-    for broken in np.zeros(3), np.array([[0, np.nan]]):
+    assert doodle.read_losses(np.array(losses), 2) == losses and doodle.read_losses(np.zeros((0, 3)), 2) == []
+    for broken in np.zeros(3), np.array([[0, np.nan]]), np.array(losses)[::-1], np.array(losses, np.float32):
         with pytest.raises(ValueError):
-            doodle.read_losses(broken)
+            doodle.read_losses(broken, 2)
 
 
 # ---- figure ----------------------------------------------------------------------------------------------------------

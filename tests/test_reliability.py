@@ -330,10 +330,12 @@ FORGED = {
     'x': 300., 'image': np.nan, 'work': np.inf, 'gradient': np.nan, 'indices 3': -1, 'indices -1': 10**9,
     'integers 3': 10**6, 'integers 15': -1, 'integers 26': 5, 'integers 27': 6, 'integers 28': -1, 'integers 30': -3,
     'integers 37': 10**9, 'task': 1, 'logicals 1': 0, 'doubles': np.nan, 'unknown': 0,
-    'restarts': {'': [99, 1.]}, 'starts': [0, 0], 'cycle': 99, 'excess': 1e9}
+    'restarts': {'': [99, 1.]}, 'starts': [0, 0], 'cycle': 99, 'excess': 1e9, 'losses': -1, 'losses 3': .5,
+    'losses 6': 1, 'losses -3': 10, 'losses 1': np.inf}
 
 
-@pytest.mark.parametrize('field', mostly_slow(FORGED, 'header', 'limit', 'work', 'indices -1', 'integers 3'))
+@pytest.mark.parametrize('field', mostly_slow(FORGED, 'header', 'limit', 'work', 'indices -1', 'integers 3',
+                                              'losses 6'))
 def test_a_forged_checkpoint_is_refused_before_anything_uses_it(painted, field):
     with pytest.raises(Killed):
         painted(at={12: stop(Killed)})
@@ -348,6 +350,32 @@ def test_a_forged_checkpoint_is_refused_before_anything_uses_it(painted, field):
     refused = painted('--resume')
     assert refused.code == 2 and 'cannot be read as a checkpoint: ' in refused.err and refused.err.count('\n') == 2
     assert not refused.asked and not os.path.exists('o.png')
+
+
+def test_losses_of_another_run_s_terms_are_refused_once_the_terms_are_known(painted):
+    with pytest.raises(Killed):
+        painted(at={12: stop(Killed)})
+    rewrite(lambda numbers, arrays: arrays.update(losses=arrays['losses'][:, :2]))
+    forged = open(CHECKPOINT, 'rb').read()
+    refused = painted('--resume', '--figure=figure.png')
+    assert refused.code == 2 and 'its losses are not those of this run.\n  FIX: leave --resume out' in refused.err
+    assert not refused.asked and open(CHECKPOINT, 'rb').read() == forged
+
+
+def test_a_checkpoint_that_lacks_what_nobody_needs_is_resumed(painted):
+    """Its losses may be as large as they like, too."""
+    with pytest.raises(Killed):
+        painted(at={12: stop(Killed)})
+
+    def forge(numbers, arrays):
+        for name in ('frames', 'log', 'style'):
+            del numbers['header']['options'][name]
+        del numbers['header']['slices'], numbers['header']['device']
+        arrays['losses'][:2, 1] = 1e308, 5e-324
+    rewrite(forge)
+    done = painted('--resume', '--figure=figure.png')
+    assert done.code == 0 and len(done.asked) == 30 and '0010.png' in os.listdir('frames/run-2')
+    assert '  - Figure: `figure.png`.' in done.out
 
 
 @pytest.mark.parametrize('frames', mostly_slow(
