@@ -1294,9 +1294,9 @@ def run_alone(options, places, inputs, remarks):
         inputs, lines = read_maps(inputs, options)
         remarks += lines
     if options.check:
-        at, lines = Checkpoint({}), []
-        if options.resume and not missing:
-            at, lines = find_checkpoint(places.checkpoint, provenance(inputs, UNKNOWN, options), True)
+        at, lines = Checkpoint({}), ['--resume looks at the checkpoint once the maps are there.']
+        if not (options.resume and missing):
+            at, lines = find_checkpoint(places.checkpoint, provenance(inputs, UNKNOWN, options), options.resume)
         for line in remarks + lines + plan(inputs, options, at):
             say(f'  - {line}')
     if options.device == 'cpu' and not device:                          # else `paint_maps` did
@@ -1310,7 +1310,7 @@ def run_alone(options, places, inputs, remarks):
     at, lines = find_checkpoint(places.checkpoint, provenance(inputs, weights, options), options.resume)
     device = device or open_device(options, inputs)
     options.random_seed = at.header['random_seed']
-    remarks += matching_remarks(inputs, options, device)
+    remarks += matching_remarks(inputs, options, device, at)
     for line in remarks + lines + [f'Random seed {at.header["random_seed"]}.']:
         say(f'  - {line}')
     say('  - Compiling ..')
@@ -2005,14 +2005,15 @@ LONG = 3e14                                                           # multiply
 def plan(inputs, options, at=None):
     """Lines of --check: phases, patches, memory, and the time on this CPU, by the rate of a matrix product in NumPy.
 
-    They are of what a run would do that goes on from the `Checkpoint` `at`.
+    With a `Checkpoint` `at`, of what is left to do from there.
     """
     rate, lines, style_size, seconds = product_rate(), [], inputs.style.shape[1::-1], STARTING
-    counts = (at or Checkpoint({})).left(options)
-    for phase, (left, (preparation, effort)) in enumerate(zip(counts, efforts(inputs, options))):
+    at = at or Checkpoint({})
+    for phase, (left, (preparation, effort)) in enumerate(zip(at.left(options), efforts(inputs, options))):
+        if phase >= at.phase:
+            seconds += (preparation + left * effort) / rate
         if not left:
             continue
-        seconds += (preparation + left * effort) / rate
         size, other = (phase_size(whole, phase, options.phases) for whole in (inputs.size, style_size))
         patches = [f'{name} {copy_count(options) * math.prod(side // stride(name) - 2 for side in other):,}'
                    for name in options.style_layers if style_term(options).patched and options.style_weight]
@@ -2020,12 +2021,15 @@ def plan(inputs, options, at=None):
             phase, *size, left, effort / rate, ', style patches ' * bool(patches) + ', '.join(patches)))
     return lines + [f'On this CPU about {in_words(seconds)} and '
                     f'{memory_needed(inputs.size, style_size, options) / 1e9:.1f} GB in all.',
-                    *advice(inputs, options, rate)]
+                    *advice(inputs, options, at, rate)]
 
 
-def advice(inputs, options, rate=None):
-    """A line on how long a run takes on this CPU, if exact matching makes it long, and what would make it shorter."""
-    if options.matching == 'near' or options.variety or not style_term(options).patched:
+def advice(inputs, options, at, rate=None):
+    """A line on how long a run takes on this CPU, if exact matching makes it long, and what would make it shorter.
+
+    There is none where it goes on from a checkpoint, which must match as before.
+    """
+    if at.number or options.matching == 'near' or options.variety or not style_term(options).patched:
         return []
     exact, near = (total_effort(inputs, argparse.Namespace(**vars(options) | {'matching': matching}))
                    for matching in ('exact', 'near'))
@@ -2035,10 +2039,10 @@ def advice(inputs, options, rate=None):
     return [f'With exact matching this takes about {exact} on this CPU, with --matching=near about {near}.']
 
 
-def matching_remarks(inputs, options, device):
-    """What is to be said of --matching at the start of a run."""
+def matching_remarks(inputs, options, device, at):
+    """What is to be said of --matching at the start of a run from `at`, a `Checkpoint`."""
     if device == 'cpu':
-        return advice(inputs, options)
+        return advice(inputs, options, at)
     return ['On a GPU all matches are exact: --matching=near is for the CPU.'] * (options.matching == 'near')
 
 

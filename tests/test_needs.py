@@ -66,6 +66,18 @@ def test_time_is_the_sum_of_the_phases(planned):
     assert 10 * sum(seconds) - 30 < 60 * minutes < 11 * sum(seconds) + 37                   # minutes are rounded
 
 
+def test_what_is_left_to_do_has_the_preparation_of_each_phase_to_come(doodle, planned):
+    picture = np.zeros((1024, 1024, 3), np.uint8)
+    inputs = doodle.Inputs(picture, None, picture, None, None, (1024, 1024), None, None)
+    options = doodle.parse_options(['--style=-', '--content=-', '--phases=3', '--iterations=10'])
+    _, (middle, _), (last, each) = doodle.efforts(inputs, options)
+    for at, lines, effort in ((dict(phase=2, evaluation=10, number=30), 0, last),
+                              (dict(phase=1, evaluation=10, number=20), 1, middle + last + 10 * each)):
+        *phases, total = doodle.plan(inputs, options, doodle.Checkpoint({}, **at))
+        assert len(phases) == lines and effort > 60e9
+        assert total.startswith(f'On this CPU about {doodle.in_words(7 + effort / 1e9)} and ')
+
+
 @pytest.mark.parametrize('arguments, told', [
     (['--iterations=1000'], True), (['--iterations=1'], False), (['--iterations=1000', '--matching=near'], False),
     (['--iterations=1000', '--variety=1'], False), (['--iterations=1000', '--method=gatys'], False),
@@ -87,8 +99,11 @@ def test_nothing_is_refused_for_its_time_but_a_long_exact_search_is_told(planned
 def test_a_run_says_at_its_start_how_long_exact_matching_takes(doodle, planned, device, arguments, said):
     inputs = doodle.Inputs(None, None, np.zeros((2048, 2048, 3), np.uint8), None, None, (2048, 2048), None, None)
     options = doodle.parse_options(['--style=-', '--iterations=1000', *arguments])
-    lines = doodle.matching_remarks(inputs, options, device)
+    lines = doodle.matching_remarks(inputs, options, device, doodle.Checkpoint({}))
     assert len(lines) == len(said) and all(line.startswith(start) for line, start in zip(lines, said))
+    going_on = doodle.Checkpoint({}, number=1)                          # where --matching must stay as it is
+    assert doodle.matching_remarks(inputs, options, device, going_on) == [line for line in lines if 'GPU' in line]
+    assert not [line for line in doodle.plan(inputs, options, going_on) if line.startswith('With exact')]
 
 
 @pytest.mark.slow

@@ -568,19 +568,33 @@ def test_phases_that_began_where_none_can_are_refused(painted, starts, evaluatio
     assert len(painted('--resume', *given).asked) == 9
 
 
-def test_check_tells_what_is_left(doodle, painted, monkeypatch):
+def test_check_tells_what_is_left(doodle, painted, monkeypatch, capsys):
     monkeypatch.setattr(doodle, 'product_rate', lambda: 1e11)
     with pytest.raises(Killed):
         painted('--iterations=12', at={17: stop(Killed)})
+    capsys.readouterr()
     before = {path: path.read_bytes() for path in Path().rglob('*') if path.is_file()}
     for arguments, lines in (([], ['Phase #0: 48x56, 12', 'Phase #1: 96x112, 12']),
                              (['--resume'], ['Phase #1: 96x112, 9']),
                              (['--resume', '--iterations=20'], ['Phase #1: 96x112, 17'])):
         checked = painted('--iterations=12', *arguments, '--check')
         assert checked.code == 0 and re.findall('Phase #.*(?= evaluations of)', checked.out) == lines
-        assert ('Going on' in checked.out) == ('--resume' in arguments)
+        assert ('Going on' in checked.out) == ('--resume' in arguments) != ('will be replaced' in checked.out)
+        assert 'Random seed' not in checked.out
     assert painted('--resume', '--iterations=11', '--check').code == 2
     assert {path: path.read_bytes() for path in Path().rglob('*') if path.is_file()} == before
+    os.remove('face_content_sem.png')
+    checked = painted('--resume', '--auto-maps=4', '--check')
+    assert checked.code == 0 and 'Going on' not in checked.out
+    assert '  - --resume looks at the checkpoint once the maps are there.\n' in checked.out
+
+
+def test_a_new_log_of_a_later_phase_tells_where_the_phases_began(painted):
+    with pytest.raises(Killed):
+        painted('--iterations=12', at={17: stop(Killed)})
+    os.remove('log')
+    again = painted('--resume', '--iterations=14')
+    assert again.log[0]['starts'] == [0, 12] and numbers(again.log) == [(1, k) for k in range(3, 14)]
 
 
 # ---- disk ------------------------------------------------------------------------------------------------------------
