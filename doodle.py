@@ -4602,7 +4602,7 @@ def find_checkpoint(path, header, resume):
         at.header = header | {'random_seed': at.header['random_seed']}
         return at, [line]
     if os.path.exists(path):
-        remarks = [f'`{path}` of a run before will be replaced; --resume would go on.']
+        remarks = [f'`{path}` of a run before will be replaced by the first of this run; --resume would go on.']
     elif resume:
         remarks = [f'There is no `{path}` to resume from: starting anew.']
     if header['random_seed'] is None:
@@ -4777,6 +4777,7 @@ class Journal:
     def __init__(self, options, places, inputs, at):
         self.options, self.places, self.inputs, self.saved, self.told = options, places, inputs, None, set()
         self.page, self.names = Page(options, inputs), None             # names of the losses, once a phase began
+        self.safe = at.number                                           # evaluations in the run's checkpoint, or 0
         self.bar = tqdm(total=at.number + sum(at.left(options)), initial=at.number, disable=None, leave=False)
         self.log, self.unwritten = None, b''
         if options.log:
@@ -4904,20 +4905,23 @@ class Journal:
 
     def keep(self, at):
         """Write a checkpoint every 10 evaluations, or as often as frames if that is more often."""
-        if at.number % min(self.options.save_every or 10, 10) == 0:
-            self.keep_now(at)
-
-    def keep_now(self, at):
-        """Write a checkpoint, unless nothing is evaluated yet."""
-        if at.number:
+        if at.number and at.number % min(self.options.save_every or 10, 10) == 0:
             with self.spared(self.places.checkpoint):
                 write_checkpoint(self.places.checkpoint, at)
+                self.safe = at.number
 
     def keep_last(self, at):
-        """Write a checkpoint of a run that has ended, and say so."""
-        with self.spared(self.places.checkpoint):
-            write_checkpoint(self.places.checkpoint, at)
-            self.say(f'  - Checkpoint: `{self.places.checkpoint}`; --resume with more --iterations goes on from there.')
+        """Write a checkpoint as the run ends; if it cannot be written, say what there is. Whether it is written."""
+        path = self.places.checkpoint
+        try:
+            write_checkpoint(path, at)
+            return True
+        except OSError as error:
+            found = self.safe and os.path.exists(path)
+            left = f'that of {self.safe} evaluations is kept' if found else 'this run leaves no checkpoint'
+            self.warn(f'`{path}` cannot be written: {error.strerror or one_line(error)}; {left}. FIX: make room, or '
+                      f'let the folder be written, and {"--resume" if found else "run it again"}')
+            return False
 
     def save(self, at, last=True):
         """Save the last accepted image; at the `last` time to any folder that can be written. Whether it is saved."""
@@ -5029,8 +5033,9 @@ def paint_and_save(objective, inputs, options, at, journal):
     except KeyboardInterrupt as interruption:
         saved = 'there is nothing to save' if not at.number else 'the image so far could be written nowhere'
         if journal.save(at):
-            saved = f'the image so far is in {kept(journal.places)}; --resume goes on from there'
-        journal.keep_now(at)
+            saved = f'the image so far is in {kept(journal.places)}'
+        if at.number and journal.keep_last(at):
+            saved += '; --resume goes on from there'
         journal.finish(at, 'been interrupted')
         say(f'\n{bold("Interrupted")} after {at.number} evaluations on device `{device}`: {saved}.')
         return 128 + interruption.args[0]
@@ -5048,10 +5053,10 @@ def paint_and_save(objective, inputs, options, at, journal):
         raise
     if journal.saved is None:
         raise UserError('The result could not be written anywhere.', 'make room, and --resume')
-    if options.keep_checkpoint:
-        journal.keep_last(at)
+    if options.keep_checkpoint and journal.keep_last(at):
+        say(f'  - Checkpoint: `{places.checkpoint}`; --resume with more --iterations goes on from there.')
     journal.finish(at, 'ended')
-    if at.number > begun and not options.keep_checkpoint:               # else the run had ended before, and kept it
+    if journal.safe and at.number > begun and not options.keep_checkpoint:              # else it is of a run before
         with contextlib.suppress(OSError):
             os.unlink(places.checkpoint)
     say(f'\n{bold("Optimization finished")} in {time.time() - start:.1f}s, average pixel error {at.error:.1f}, '

@@ -438,6 +438,9 @@ def test_a_checkpoint_is_not_read_through_a_link(painted):
 def test_a_checkpoint_that_is_not_wanted_is_mentioned_and_replaced(painted):
     with pytest.raises(Killed):
         painted(at={12: stop(Killed)})
+    before = open(CHECKPOINT, 'rb').read()
+    short = painted('--phases=1', '--iterations=5')                                    # it writes none
+    assert short.code == 0 and open(CHECKPOINT, 'rb').read() == before
     again = painted()
     assert f'`{CHECKPOINT}` of a run before will be replaced' in again.out and len(again.asked) == 40
 
@@ -653,6 +656,27 @@ def test_a_result_that_no_place_takes_leaves_a_checkpoint(painted):
         roomy()
     assert done.code == 2 and 'could not be written anywhere' in done.err and os.path.exists(CHECKPOINT)
     assert painted('--resume').code == 0 and os.path.exists('o.png')
+
+
+@pytest.mark.parametrize('calls, words', [(0, 'this run leaves no checkpoint'), (6, 'that of 30 evaluations is kept')])
+def test_a_last_checkpoint_that_cannot_be_written_is_told_as_it_is(painted, doodle, monkeypatch, calls, words):
+    write, called = doodle.write_checkpoint, []
+
+    def full_then(path, at):
+        called.append(at.number)
+        if len(called) > calls:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, at)
+    monkeypatch.setattr(doodle, 'write_checkpoint', full_then)
+    done = painted('--keep-checkpoint')
+    told = re.findall(rf'`{CHECKPOINT}` cannot be written: {os.strerror(errno.ENOSPC)}(.+)', done.out)
+    assert done.code == 0 and called[-1] == 40 and told == [
+        '. The run goes on. FIX: make room, or let the folder be written.',
+        f'; {words}. FIX: make room, or let the folder be written, and {"--resume" if calls else "run it again"}.']
+    assert '--resume with more' not in done.out and os.path.exists(CHECKPOINT) == bool(calls)
+    stopped = painted(at={3: stop(KeyboardInterrupt(signal.SIGTERM))})
+    assert stopped.code == 143 and 'this run leaves no checkpoint. FIX: ' in stopped.out
+    assert stopped.out.endswith(' after 3 evaluations on device `cpu`: the image so far is in `o.png`.\n')
 
 
 def test_folders_that_vanish_are_made_again(painted):
