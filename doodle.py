@@ -1236,6 +1236,7 @@ def paint(objective, inputs, options, at, journal, signals):
                 evaluate(objective, at, journal, signals)
             except FloatingPointError as error:
                 at.minimiser.recover(error)
+                at.cycle = 0                                            # it does not repeat itself for ever
                 journal.warn(f'{one_line(error)}: going on from the last good image')
         journal.save(at, last=phase == options.phases - 1)
 
@@ -1314,7 +1315,7 @@ def run_alone(options, places, inputs, remarks):
     for line in remarks + lines + [f'Random seed {at.header["random_seed"]}.']:
         say(f'  - {line}')
     say('  - Compiling ..')
-    at.header |= dict(device=device, slices=choose_slices(inputs, options, device))
+    at.compute_with(device, choose_slices(inputs, options, device))
     objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, device == 'cpu',
                           inputs.style_alpha is not None, at.header['slices'])
     objective = Remembered(objective, options, memory_needed(inputs.size, inputs.style.shape[1::-1], options))
@@ -4527,6 +4528,12 @@ class Checkpoint:
         self.minimiser, self.memory, self.restarts = Minimiser(image), objective.state(), {}
         self.cycle, self.excess, self.starts = 0, 0., [*self.starts, self.number]
 
+    def compute_with(self, device, slices):
+        """Note what a run computes with; where that was something else before, what repeated itself need not now."""
+        if (device, slices) != (self.header['device'], self.header.get('slices')):
+            self.cycle, self.restarts = 0, {}
+        self.header |= dict(device=device, slices=slices)
+
     def left(self, options):
         """How many evaluations each phase still has to make: earlier ones may have had fewer than now are asked for."""
         later = [options.iterations] * (options.phases - self.phase - 1)
@@ -4599,7 +4606,7 @@ def find_checkpoint(path, header, resume):
     if resume and os.path.exists(path):
         at = read_checkpoint(path, header)
         line = going_on(path, at, at.header['options']['iterations'], argparse.Namespace(**header['options']))
-        at.header = header | {'random_seed': at.header['random_seed']}
+        at.header = header | {name: at.header.get(name) for name in ('random_seed', 'device', 'slices')}
         return at, [line]
     if os.path.exists(path):
         remarks = [f'`{path}` of a run before will be replaced by the first of this run; --resume would go on.']
@@ -4612,13 +4619,12 @@ def find_checkpoint(path, header, resume):
 
 def going_on(path, at, before, options):
     """What is to be said of the `Checkpoint` at `path`, of a run with so many iterations `before`."""
-    more = f', with {options.iterations} instead of {before} in phase #{at.phase} and later ones'
-    converged = f' Phase #{at.phase} has converged: it only repeats its last {at.cycle}.'
-    line = f'Going on from `{path}`, after {at.number} evaluations{more * (options.iterations > before)}.'
+    more = f', with {options.iterations} instead of {before} in phase #{at.phase}' + ' and later ones' * (
+        at.phase < options.phases - 1)
     if not any(at.left(options)):
-        line = (f'The run of `{path}` has ended after {at.number} evaluations: nothing is left to do; it goes on with '
+        return (f'The run of `{path}` has ended after {at.number} evaluations: nothing is left to do; it goes on with '
                 f'--resume and more than --iterations={before}.')
-    return line + converged * bool(at.cycle)
+    return f'Going on from `{path}`, after {at.number} evaluations{more * (options.iterations > before)}.'
 
 
 def read_checkpoint(path, header):
@@ -4814,6 +4820,8 @@ class Journal:
         for layer, target in objective.target.items():
             shape = target.get_value(borrow=True, return_internal_type=True).shape
             self.say(f'  - Content layer conv{layer}: {shape[2]} features in {4 * math.prod(shape) // 1000:,}kb.')
+        if at.cycle:
+            self.say(f'  - Phase #{at.phase} has converged: it only repeats its last {at.cycle}.')
         self.say('')
         self.since = time.time()
         self.names = ['total', *(f'content conv{layer}' for layer in objective.target),

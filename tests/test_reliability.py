@@ -443,6 +443,30 @@ def test_a_checkpoint_that_is_not_wanted_is_mentioned_and_replaced(painted):
     assert short.code == 0 and open(CHECKPOINT, 'rb').read() == before
     again = painted()
     assert f'`{CHECKPOINT}` of a run before will be replaced' in again.out and len(again.asked) == 40
+    assert not os.path.exists(CHECKPOINT)
+
+
+@pytest.mark.parametrize('slices, made', [(1, 30 - 9), (7, 30)])
+def test_a_cycle_is_believed_only_where_the_same_is_computed(painted, slices, made):
+    """9 evaluations, three whole cycles, are not made."""
+    with pytest.raises(Killed):
+        painted(at={12: stop(Killed)})
+    rewrite(lambda numbers, arrays: numbers.update(cycle=3))
+    again = painted('--resume', f'--slices={slices}')
+    assert again.code == 0 and len(again.asked) == made
+    assert ('  - Phase #0 has converged: it only repeats its last 3.\n' in again.out) == (slices == 1)
+
+
+def test_after_a_loss_that_is_no_number_there_is_no_cycle(painted):
+    """Nor in the checkpoint of a run that has ended, which may go on."""
+    with pytest.raises(Killed):
+        painted('--phases=1', at={12: stop(Killed)})
+    rewrite(lambda numbers, arrays: numbers.update(cycle=7))
+    given = '--resume', '--keep-checkpoint', '--phases=1'
+    ended = painted(*given, at={1: lambda: np.nan})
+    assert ended.code == 0 and len(ended.asked) == 1 + 20 - 10 - 7
+    more = painted(*given, '--iterations=40')
+    assert more.code == 0 and len(more.asked) == 20 and 'has converged' not in more.out
 
 
 def test_an_interruption_leaves_a_checkpoint_of_all_that_was_done(painted):
@@ -514,17 +538,19 @@ def test_a_run_that_ended_goes_on_with_more_iterations(painted):
         assert (more.code, len(more.asked), more.page) == (0, number - before, [number, number, 0, 0])
         assert f'  - Checkpoint: `{CHECKPOINT}`; --resume with more --iterations goes on from there.\n' in more.out
         assert not before or (f'  - Going on from `{CHECKPOINT}`, after {before} evaluations, with {number} instead of '
-                              f'{before} in phase #0 and later ones.\n') in more.out
+                              f'{before} in phase #0.\n') in more.out
     assert more.log[1:] == whole.log[1:] and more.files == whole.files and more.history == whole.history[20:]
 
 
-def test_the_checkpoint_s_phase_and_later_ones_have_the_new_number(painted):
+def test_the_checkpoint_s_phase_and_later_ones_have_the_new_number(doodle, painted):
     """Also where the run was killed in the second of three phases, continued, killed there again, and continued."""
     given = '--random-seed=3', '--phases=3', '--save-every=4'
     for number, at in ((12, 17), (20, 9), (20, 12)):                               # evaluations of this start
         with pytest.raises(Killed):
             painted('--resume', *given, f'--iterations={number}', at={at: stop(Killed)})
     more = ran(painted, '--resume', *given, '--iterations=25', '--figure=figure.png')
+    line = doodle.going_on('it', doodle.Checkpoint({}, number=5), 20, SimpleNamespace(iterations=25, phases=2))
+    assert ' in phase #2.\n' in more.out and line.endswith(' in phase #0 and later ones.')
     assert [entry['evaluation'] for entry in more.log[1:]] == [*range(12), *range(20), *range(25)]
     assert [entry['phase'] for entry in more.log[1:]] == 12 * [0] + 20 * [1] + 25 * [2]
     assert more.code == 0 and more.page == [57, 57, 2, 0] and not os.path.exists(CHECKPOINT)
