@@ -69,11 +69,11 @@ class Ours:
 
     def alone(self):
         """Compile what is timed alone, the network and the search."""
-        x, find = doodle.T.tensor3(), doodle.fast_match if self.fast else doodle.match
+        x = doodle.T.tensor3()
         f = doodle.features(doodle.build_network(self.weights, ['4_2'], self.fast), x, ['4_2'])['4_2']
         self.network = doodle.theano.function([x], doodle.theano.grad(doodle.T.sum(f ** 2), x))
         u = {layer: doodle.T.tensor3() for layer in self.objective.style}
-        self.search = doodle.theano.function(list(u.values()), [find(u[layer], term.keys)[0]
+        self.search = doodle.theano.function(list(u.values()), [term.match_patches(u[layer], term.keys)[0]
                                                                 for layer, term in self.objective.style.items()])
 
     def evaluate(self, x):
@@ -188,16 +188,16 @@ def main():
     for form in forms.values():
         if isinstance(form, Ours):
             form.alone()
-    queries = {name: form.queries(x) for name, form in forms.items()}
     times = {name: {'network': [], 'search': [], 'evaluation': []} for name in forms}
     for form in forms.values():
         form.evaluate(x)
     losses = {name: form.evaluate(x) for name, form in forms.items()}
-    path = late(forms['engine'], x, a.after) if a.after else itertools.repeat(x)
+    path = late(forms['engine'], x, a.after)                            # the engine starts from its matches of before
     for _, x in zip(range(a.rounds), path):
         for name, form in forms.items():
+            queries = form.queries(x)
             times[name]['network'].append(seconds(form.network, np.float32(x)))
-            times[name]['search'].append(seconds(form.search, *queries[name]))
+            times[name]['search'].append(seconds(form.search, *queries))
             times[name]['evaluation'].append(seconds(form.evaluate, x))
     median = {name: {part: float(np.median(t)) for part, t in parts.items()} for name, parts in times.items()}
     counted = doodle.parse_options(['--style=-', '--content=-'])
