@@ -1817,9 +1817,9 @@ def memory_needed(size, style_size, options):
     style = feature_bytes(options.style_layers)
     matched = style * style_term(options).arrays
     area, style_area, copies = math.prod(size), math.prod(style_size), copy_count(options)
-    making = 250 * style_area + (1.66 * style + 0.62 * matched) * copies * style_area
-    painting = (1.46 * feature_bytes(names) + 1.29 * style) * area + 0.98 * matched * copies * style_area
-    needed = max(254e6 + 11 * weights, 281e6 + 6.9 * weights + max(making, painting), 950e6 * bool(options.auto_maps))
+    making = 250 * style_area + (1.66 * style + 0.57 * matched) * copies * style_area
+    painting = (1.5 * feature_bytes(names) + 1.29 * style) * area + 0.85 * matched * copies * style_area
+    needed = max(254e6 + 9.9 * weights, 281e6 + 6.9 * weights + max(making, painting), 950e6 * bool(options.auto_maps))
     return needed + min(REMEMBERED * evaluation_memory(size, options), needed / 20)         # see `Remembered`
 
 

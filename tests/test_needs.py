@@ -128,7 +128,7 @@ def measured(doodle, tmp_path_factory):
 
 @pytest.mark.parametrize('content, style, arguments, iterations', mostly_slow([
     ((512, 384), (128, 96), [], 8),                                     # an ordinary run, as long as memory grows
-    ((448, 336), (320, 240), ['--rotations=1', '--scales=1'], 2),       # painting with some copies
+    ((448, 336), (320, 240), ['--rotations=1', '--scales=1'], 8),       # painting with some copies
     ((64, 48), (1280, 960), [], 1),                                     # a style far larger than the result
     ((64, 48), (256, 192), ['--rotations=2', '--scales=3'], 1),         # many copies
     ((64, 48), (60, 44), ['--auto-maps=4'], 1)]))                    # maps are painted
