@@ -1911,8 +1911,8 @@ def check_sizes(inputs, options):
 # What each unit of `work` costs, as a number of multiply-adds of a large matrix product in NumPy on one core that take
 # as long. samples/measure_time.py fits them to measured evaluations.
 COSTS = {'products': 0.22, 'transforms': 78., 'byte scores': 0.43, 'scores': 1.16, 'near scores': 2.5, 'gram': 1.8,
-         'features': 340., 'pixels': 7500.}
-ON_ONE_CORE = 'features', 'pixels'
+         'features': 340., 'pixels': 7500., 'calls': 1e9}
+ON_ONE_CORE = 'gram', 'features', 'pixels', 'calls'
 
 
 def work(size, style_size, options, phase=0):
@@ -1920,8 +1920,8 @@ def work(size, style_size, options, phase=0):
 
     Multiply-adds by the direct forms (products: of the convolutions, forward and backward; scores: of all pairs of
     patches, or where `Matching` bounds them by bytes, byte scores; near scores: of the patches that `NearMatching`
-    tries; gram), floats (transforms: what the convolutions read and write; features: those of the style layers), and
-    pixels.
+    tries; gram), floats (transforms: what the convolutions read and write; features: those of the style layers),
+    pixels, and one call of the compiled function.
 
     Parameters
     ----------
@@ -1935,7 +1935,7 @@ def work(size, style_size, options, phase=0):
     convolutions = [(before, filters(name), area(name)) for before, name in zip([3, *map(filters, names)], names)]
     found = dict.fromkeys(COSTS, 0) | {
         'products': sum(2 * 9 * C * K * pixels for C, K, pixels in convolutions),
-        'transforms': sum(2 * (C + K) * pixels for C, K, pixels in convolutions), 'pixels': math.prod(size)}
+        'transforms': sum(2 * (C + K) * pixels for C, K, pixels in convolutions), 'pixels': math.prod(size), 'calls': 1}
     exact = 'byte scores' if has_dot() and style_term(options).reads_maps and not options.variety else 'scores'
     for name in options.style_layers if options.style_weight else ():
         found['features'] += filters(name) * area(name)
