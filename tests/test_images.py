@@ -597,7 +597,7 @@ def test_the_style_at_its_own_scale_after_max_size(pictures, scale, longest, siz
 
 
 @pytest.mark.parametrize('limit, told', [(20_000_000, "--style-scale=10 makes 1240x1080 pixels of 'face_style.png'"),
-                                         (200_000_000, 'in the style of 1240x1080 need about 1.2 GB of memory')])
+                                         (200_000_000, 'in the style of 1240x1080 need about 1.1 GB of memory')])
 def test_a_style_scale_that_no_memory_holds_is_refused(refused, pictures, monkeypatch, limit, told):
     monkeypatch.setattr(doodle, 'memory_limit', lambda: limit)
     problem, fix = refused('--style=face_style.png', '--content=face_content.png', '--style-scale=10', '--phases=1')
