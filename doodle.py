@@ -1219,7 +1219,7 @@ def paint(objective, inputs, options, at, journal, signals):
             objective.set_phase(
                 None if inputs.content is None else to_planes(resized(inputs.content, size, Image.LANCZOS)),
                 to_planes(style), inputs.content_map, inputs.style_map, size, inputs.style_alpha, phase > 0)
-        return_freed_memory(40 * math.prod(size))                       # all that is smaller than conv3's features
+        return_freed_memory(math.prod(size))
         if at.minimiser and at.phase == phase:                          # a resumed run
             objective.restore(at.memory)
         elif at.minimiser:
@@ -1806,6 +1806,11 @@ def feature_bytes(names):
     return sum(4 * filters(name) / stride(name) ** 2 for name in names)
 
 
+def weight_bytes(names):
+    """Bytes of the filters of these layers, which follow one another."""
+    return sum(36 * before * filters(name) for before, name in zip([3, *map(filters, names)], names))
+
+
 def memory_needed(size, style_size, options):
     """Bytes at the peak of a run on the CPU: samples/measure_memory.py fits the numbers to measured peaks.
 
@@ -1813,8 +1818,7 @@ def memory_needed(size, style_size, options):
     where the image is painted, or else where maps are, of whatever size.
     """
     names = layer_names('vgg19', options.style_layers + (options.content_layers if options.content else []))
-    weights = sum(4 * 9 * before * filters(name) for before, name in zip([3, *map(filters, names)], names))
-    style = feature_bytes(options.style_layers)
+    weights, style = weight_bytes(names), feature_bytes(options.style_layers)
     matched = style * style_term(options).arrays
     area, style_area, copies = math.prod(size), math.prod(style_size), copy_count(options)
     making = 250 * style_area + (1.66 * style + 0.57 * matched) * copies * style_area
@@ -1842,8 +1846,8 @@ def gpu_memory_needed(size, style_size, options, slices=None):
     content = options.content_layers if options.content else []
     names, style, term = layer_names('vgg19', options.style_layers + content), options.style_layers, style_term(options)
     area, style_area, copies = math.prod(size), math.prod(style_size), copy_count(options)
-    constant = sum(36 * before * filters(name) for before, name in zip([3, *map(filters, names)], names))
-    constant += feature_bytes(content) * area + feature_bytes(style) * term.arrays * copies * style_area
+    constant = (weight_bytes(names) + feature_bytes(content) * area +
+                feature_bytes(style) * term.arrays * copies * style_area)
     making = max(0.71 * feature_bytes(names) * style_area, 2.3 * feature_bytes(style) * copies * style_area)
     painting = (1.2 * feature_bytes(names) + feature_bytes(style)) * area
     products = 0                                                        # of the largest slice
@@ -1954,6 +1958,7 @@ def work(size, style_size, options, phase=0):
     return found
 
 
+@functools.cache
 def has_dot():
     """Whether the processor multiplies bytes as `Matching` needs it."""
     return bool(re.search(r'\b(avx512_vnni|asimddp)\b', text_of('/proc/cpuinfo')))
@@ -1979,9 +1984,10 @@ def efforts(inputs, options):
     return result
 
 
-def total_effort(inputs, options):
-    """The effort of a run, as of `efforts`."""
-    return sum(preparation + options.iterations * evaluation for preparation, evaluation in efforts(inputs, options))
+def total_effort(inputs, options, at):
+    """The effort, as of `efforts`, of what a run has left to do from `at`, a `Checkpoint`."""
+    return sum(preparation + left * evaluation for left, (preparation, evaluation) in
+               list(zip(at.left(options), efforts(inputs, options)))[at.phase:])
 
 
 def product_rate():
@@ -2003,16 +2009,13 @@ STARTING = 7                                                          # seconds 
 LONG = 3e14                                                           # multiply-adds: 45 minutes on two cores
 
 
-def plan(inputs, options, at=None):
+def plan(inputs, options, at):
     """Lines of --check: phases, patches, memory, and the time on this CPU, by the rate of a matrix product in NumPy.
 
-    With a `Checkpoint` `at`, of what is left to do from there.
+    They are of what is left to do from `at`, a `Checkpoint`.
     """
-    rate, lines, style_size, seconds = product_rate(), [], inputs.style.shape[1::-1], STARTING
-    at = at or Checkpoint({})
-    for phase, (left, (preparation, effort)) in enumerate(zip(at.left(options), efforts(inputs, options))):
-        if phase >= at.phase:
-            seconds += (preparation + left * effort) / rate
+    rate, lines, style_size = product_rate(), [], inputs.style.shape[1::-1]
+    for phase, (left, (_, effort)) in enumerate(zip(at.left(options), efforts(inputs, options))):
         if not left:
             continue
         size, other = (phase_size(whole, phase, options.phases) for whole in (inputs.size, style_size))
@@ -2020,6 +2023,7 @@ def plan(inputs, options, at=None):
                    for name in options.style_layers if style_term(options).patched and options.style_weight]
         lines.append('Phase #{}: {}x{}, {} evaluations of about {:,.2f} s{}'.format(
             phase, *size, left, effort / rate, ', style patches ' * bool(patches) + ', '.join(patches)))
+    seconds = STARTING + total_effort(inputs, options, at) / rate
     return lines + [f'On this CPU about {in_words(seconds)} and '
                     f'{memory_needed(inputs.size, style_size, options) / 1e9:.1f} GB in all.',
                     *advice(inputs, options, at, rate)]
@@ -2032,7 +2036,7 @@ def advice(inputs, options, at, rate=None):
     """
     if at.number or options.matching == 'near' or options.variety or not style_term(options).patched:
         return []
-    exact, near = (total_effort(inputs, argparse.Namespace(**vars(options) | {'matching': matching}))
+    exact, near = (total_effort(inputs, argparse.Namespace(**vars(options) | {'matching': matching}), at)
                    for matching in ('exact', 'near'))
     if exact < LONG or near > .7 * exact:
         return []
@@ -2133,17 +2137,18 @@ def allow_files():
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def return_freed_memory(most=0):
-    """Have glibc return free memory to the system, and later blocks from 4 MB on at once, or none below `most` bytes.
+def return_freed_memory(pixels=0):
+    """Have glibc return free memory to the system, and from now on blocks from 4 MB on at once.
 
+    In a phase of so many pixels it keeps instead all blocks that are smaller than the features of conv3.
     Evaluations one after the other need the same blocks, and fresh pages for each would take a quarter of their time.
     But large blocks, and what works in between on arrays of other sizes, would leave gaps between those that are kept.
     """
     with contextlib.suppress(OSError, AttributeError):                  # another C library
         libc = ctypes.CDLL('libc.so.6')
         libc.malloc_trim(0)
-        libc.mallopt(-3, max(most, 4 << 20))                            # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2 ** 31 - 1 if most else 128 << 10)            # M_TRIM_THRESHOLD
+        libc.mallopt(-3, max(40 * pixels, 4 << 20))                     # M_MMAP_THRESHOLD; conv3 has 64 bytes a pixel
+        libc.mallopt(-1, 2 ** 31 - 1 if pixels else 128 << 10)          # M_TRIM_THRESHOLD
 
 
 def keep_compiled_code():

@@ -73,18 +73,17 @@ def needed_and_peak(folder, content, style, *arguments, iterations=8):
 
 def terms(stage, size, style_size, options):
     """{coefficient: what it is multiplied by} in this stage, as in `memory_needed`."""
-    def floats(names):
-        return sum(4 * doodle.filters(name) / doodle.stride(name) ** 2 for name in names)
     names = doodle.layer_names('vgg19', options.style_layers + (options.content_layers if options.content else []))
-    weights = sum(36 * before * doodle.filters(name) for before, name in zip([3, *map(doodle.filters, names)], names))
+    weights = doodle.weight_bytes(names)
     if stage == 'compile':
         return {'compiler': 1, 'compiled weights': weights}
-    style, area, style_area = floats(options.style_layers), math.prod(size), math.prod(style_size)
+    network, style = map(doodle.feature_bytes, (names, options.style_layers))
+    area, style_area = math.prod(size), math.prod(style_size)
     copied = doodle.copy_count(options) * style_area
-    matched = style * {'champandard': 2, 'li-wand': 1, 'gatys': 0}[options.method]
+    matched = style * doodle.style_term(options).arrays
     return {'program': 1, 'weights': weights} | {
         'style': {'style area': style_area, 'made style': style * copied, 'made matched': matched * copied},
-        'paint': {'network': floats(names) * area, 'style': style * area, 'matched': matched * copied}}[stage]
+        'paint': {'network': network * area, 'style': style * area, 'matched': matched * copied}}[stage]
 
 
 def main():

@@ -71,7 +71,7 @@ def measured(objective, convolve, size, rounds=3):
         objective(minimiser.ask())
         if objective.options.matching == 'exact':
             break
-    doodle.return_freed_memory(40 * picture[0].size)                    # as in a phase of a run
+    doodle.return_freed_memory(picture[0].size)                         # as in a phase of a run
     times = []
     for _ in range(rounds):
         start = time.process_time()

@@ -65,7 +65,7 @@ class Ours:
             self.objective(small[0])
         self.objective.set_phase(content, style, content_map, style_map, content.shape[:0:-1], None,
                                  options.matching == 'near')
-        doodle.return_freed_memory(40 * content[0].size)                # as in a phase of a run
+        doodle.return_freed_memory(content[0].size)                     # as in a phase of a run
 
     def alone(self):
         """Compile what is timed alone, the network and the search."""
