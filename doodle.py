@@ -1026,10 +1026,8 @@ class Objective:
         draws = {name: variable.get_value() for name, variable in self.remembered.items() if name.startswith('draws ')}
         state = draws | {name: array for name, array in state.items()   # a GPU has none, and may have been before
                          if name in draws or not name.startswith('draws ')}
-        tampered = UserError('The checkpoint cannot be used: its matches are not those of this run.',
-                             'leave --resume out, to start anew')
         if state.keys() != {*self.remembered, 'fresh'} or (state['fresh'].dtype, state['fresh'].shape) != (bool, ()):
-            raise tampered
+            raise foreign('matches')
         fresh = bool(state['fresh'])
         for name, variable in self.remembered.items():
             kind, layer = name.split()
@@ -1043,7 +1041,7 @@ class Objective:
                 sound = values.shape == before.shape and np.isfinite(values).all()
                 sound &= kind != 'draws' or 0 <= values.min() and values[0] <= FIRST_SWEEPS
             if not sound or (values.dtype, values.ndim) != (before.dtype, 1):
-                raise tampered
+                raise foreign('matches')
         self.put(state)
 
     def put(self, state):
@@ -4667,6 +4665,12 @@ def read_checkpoint(path, header):
     return at
 
 
+def foreign(what):
+    """The error of a checkpoint that fits this run but for its `what`, as one that was tampered with."""
+    return UserError(f'The checkpoint cannot be used: its {what} are not those of this run.',
+                     'leave --resume out, to start anew')
+
+
 def check_head(file, path, header, restart):
     """Refuse a checkpoint of another format, one too large for the run of `header`, or one that is damaged."""
     line = file.readline(200)
@@ -4832,8 +4836,7 @@ class Journal:
         self.names = ['total', *(f'content conv{layer}' for layer in objective.target),
                       *(f'style conv{layer}' for layer in objective.style), 'smoothness']
         if at.losses and len(at.losses[0]) != 1 + len(self.names):
-            raise UserError('The checkpoint cannot be used: its losses are not those of this run.',
-                            'leave --resume out, to start anew')
+            raise foreign('losses')
         self.page.begin(at)
 
     def pixels(self, x, size):
@@ -5805,7 +5808,7 @@ static void differences(PyArrayObject *image, PyArrayObject *style, PyArrayObjec
     std::vector<double> sums(H);                                      /* of rows: the same with any number of threads */
     #pragma omp parallel for
     for (long y = 0; y < H; y++)
-        for (long x = leave() ? W : 0; x < W; x++) {
+        if (!leave()) for (long x = 0; x < W; x++) {
             const float *pixels[9], *p = f + (y * W + x) * C;         /* of g, by offset of the patch */
             int count = 0;
             for (long k = 0; k < 9; k++) {
