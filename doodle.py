@@ -2700,7 +2700,7 @@ class MatchingOp(CompiledOp):
         return MATCHING
 
     def make_node(self, u, v, a, b, start, *penalty):
-        """`start` are matches to begin with, of each i; what is no patch, or of another length, is left out.
+        """`start` are matches to begin with, of each i; all are ignored where one is no patch, or their number another.
 
         With `penalty` ((h - 2) (w - 2),) there is a second output: the largest S(i, j) of each j, without it.
         """
@@ -5188,6 +5188,7 @@ class Signals:
 # Shared by them. `product` is faster than a BLAS on these narrow matrices, and needs no library or threads for it.
 COMMON = r'''
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <numeric>
 #include <stdexcept>
@@ -5212,8 +5213,8 @@ static inline void store(float *p, vec v) { *(vec *)p = v; }
 static inline vec larger(vec a, vec b) { return a > b ? a : b; }
 static inline long padded(long n) { return (n + 15) / 16 * 16; }
 
-/* Adds to each lane of sum the four products of its bytes of v and those of u, which are below 128. An instruction, not
-   an intrinsic, of which GCC 12 copies the registers. */
+/* Adds to each lane of sum the four products of its bytes of v and those of u, which are below 128. Assembly, since
+   for the intrinsic GCC 12 copies registers. */
 #if defined(__AVX512VNNI__)
 enum { HAS_DOT = 1 };
 static inline void dot(ints &sum, ints v, ints u) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(v), "v"(u)); }
@@ -5302,7 +5303,7 @@ static void *allocate(PyArrayObject **out, int ndim, npy_intp *shape, int type) 
 
 /* Whether a signal handler raised an exception, so that the work is to be left. Asked before each piece of work; only
    the first thread of a team, which is Python's, may run the handlers. */
-static volatile bool interrupted;
+static std::atomic<bool> interrupted;
 static bool leave() {
     if (!interrupted && omp_get_thread_num() == 0 && PyErr_CheckSignals()) interrupted = true;
     return interrupted;
@@ -5370,9 +5371,9 @@ static void tile_in(const Picture &in, long y, long x, const float *zeros, float
     }
 }
 
-/* The tile's 4x4 pixels of out from M (36, K): A^T m A, with bias and rectifier if there is a bias. If turn is not 0, a
-   quarter of each goes to 2x2 pixels of an output of that width: the gradient of average pooling. */
-static void tile_out(const float *M, long ldM, const float *bias, long y, long x, long H, long W, long K, long turn,
+/* The tile's 4x4 pixels of out from M (36, K): A^T m A, with bias and rectifier if there is a bias. Where unpooled is a
+   width, and not 0, a quarter of each goes to 2x2 pixels of an output so wide: the gradient of average pooling. */
+static void tile_out(const float *M, long ldM, const float *bias, long y, long x, long H, long W, long K, long unpooled,
                      float *out) {
     for (long k = 0; k < K; k += LANES) {
         vec m[36];
@@ -5392,9 +5393,9 @@ static void tile_out(const float *M, long ldM, const float *bias, long y, long x
                 value += load(bias + k);
                 value = value < 0 ? vec{} : value;                    /* NaN stays NaN */
             }
-            for (int j = 0; j < (turn ? 4 : 1); j++) {
-                float *p = out + (turn ? (2 * v + j / 2) * turn + 2 * u + j % 2 : v * W + u) * K + k;
-                vec part = turn ? .25f * value : value;
+            for (int j = 0; j < (unpooled ? 4 : 1); j++) {
+                float *p = out + (unpooled ? (2 * v + j / 2) * unpooled + 2 * u + j % 2 : v * W + u) * K + k;
+                vec part = unpooled ? .25f * value : value;
                 if (n == LANES) store(p, part);
                 else for (int l = 0; l < n; l++) p[l] = part[l];
             }
@@ -5405,7 +5406,7 @@ static void tile_out(const float *M, long ldM, const float *bias, long y, long x
 /* out (H, W, K) = the picture's convolution, by blocks of tiles: small ones stay in cache, large ones need fewer reads
    of filters that do not */
 template <bool MASK, bool POOL>
-static void convolve(const Picture &in, const float *U, const float *bias, float *out, long K, long turn) {
+static void convolve(const Picture &in, const float *U, const float *bias, float *out, long K, long unpooled) {
     long across = (in.W + 3) / 4, tiles = across * ((in.H + 3) / 4), threads = omp_get_max_threads();
     if (!tiles) return;
     long C = padded(in.C), N = padded(K), zeros = padded((POOL ? in.width + 2 : 1) * in.C + LANES);
@@ -5424,7 +5425,7 @@ static void convolve(const Picture &in, const float *U, const float *bias, float
             tile_in<MASK, POOL>(in, t / across * 4, t % across * 4, none, V + (t - first) * C, ldV);
         for (int i = 0; i < 36; i++) product(last - first, N, in.C, V + i * ldV, C, U + i * in.C * N, M + i * ldM, N);
         for (long t = first; t < last; t++)
-            tile_out(M + (t - first) * N, ldM, bias ? b : NULL, t / across * 4, t % across * 4, in.H, in.W, K, turn,
+            tile_out(M + (t - first) * N, ldM, bias ? b : NULL, t / across * 4, t % across * 4, in.H, in.W, K, unpooled,
                      out);
     }
 }
@@ -5458,7 +5459,7 @@ static void backward(PyArrayObject *gradient, PyArrayObject *output, PyArrayObje
 '''
 
 MATCHING = r'''
-enum { RING = 1 << 18 };                                              /* most floats of products kept by a thread */
+enum { RING = 1 << 18 };                 /* most floats of products kept by a thread, or three rows' if they are more */
 
 /* B for product() from a row of w pixels of v, each a column */
 static void pack(const float *v, long w, long D, float *B) {
@@ -5468,13 +5469,13 @@ static void pack(const float *v, long w, long D, float *B) {
     }
 }
 
-/* Turns n keys k of D channels into what product() makes upper bounds of their products from: bytes c for all channels
-   but the last D % 64, the maps'; the step s of the bytes; those last channels; and two more, for with k' of the other
-   picture and in the channels of the bytes
+/* Codes n keys k of D channels such that product() of two codes is an upper bound of the keys' product: bytes c for all
+   channels but the last D % 64, the maps'; the step s of the bytes; those last channels; and two numbers more, for in
+   the channels of the bytes, with k' of the other picture,
 
        k . k' <= (s c) . (s' c') + |k - s c| |k'| + |s c| |k' - s' c'|.
 
-   Returns the length of the longest key, or infinity if one cannot be turned. */
+   Returns the length of the longest key, or infinity if one cannot be coded. */
 static double quantise(const float *keys, long n, long D, bool style, float *words) {
     long bytes = D / 64 * 64, depth = bytes / 4 + D % 64 + 3;
     double longest = 0;
@@ -5483,7 +5484,7 @@ static double quantise(const float *keys, long n, long D, bool style, float *wor
         const float *k = keys + p * D, levels = style ? 255 : 127;
         float *to = words + p * depth, most = 0;
         unsigned char *c = (unsigned char *)to;
-        double coded = 0, lost = 0, known = 0, rest = 0;              /* squares of s c, k - s c, k */
+        double coded = 0, lost = 0, whole = 0, rest = 0;              /* squares of s c, k - s c, k */
         int positive = 1;
         #pragma omp simd reduction(max: most) reduction(&: positive)
         for (long d = 0; d < bytes; d++) {
@@ -5491,20 +5492,20 @@ static double quantise(const float *keys, long n, long D, bool style, float *wor
             positive &= k[d] >= 0;                                    /* NaN is not */
         }
         float step = most / levels, inverse = step > 1e-30f && most < INFINITY ? 1 / step : 0;
-        #pragma omp simd reduction(+: coded, lost, known)
+        #pragma omp simd reduction(+: coded, lost, whole)
         for (long d = 0; d < bytes; d++) {
-            double near = (double)step * (c[d] = (int)std::min(levels, k[d] * inverse + .5f));
+            double near = (double)step * (c[d] = (int)std::min(levels, std::max(0.f, k[d] * inverse + .5f)));
             coded += near * near;
             lost += (k[d] - near) * (k[d] - near);
-            known += (double)k[d] * k[d];
+            whole += (double)k[d] * k[d];
         }
         for (long d = bytes; d < D; d++) rest += (double)k[d] * k[d];
         to[bytes / 4] = step;
         std::copy(k + bytes, k + D, to + bytes / 4 + 1);
         auto up = [](double square) { return std::nextafter((float)std::sqrt(square), INFINITY); };
-        to[depth - 2] = up(style ? known : lost);
+        to[depth - 2] = up(style ? whole : lost);
         to[depth - 1] = up(style ? lost : coded);
-        double length = std::sqrt(known + rest);
+        double length = std::sqrt(whole + rest);
         longest = std::max(longest, positive && length < 1e30 ? length : INFINITY);
     }
     return longest;
@@ -5577,13 +5578,14 @@ static long score(const float *const *P, long W, long w, long ld, float *space, 
    ring. A thread takes G diagonals at a time.
 
    With matches to start from, the scores of all pairs are bounded by bytes, and only those whose bound reaches the best
-   score so far are computed. Returns false where keys cannot be turned into bytes, or too many pairs reach it.
+   score so far are computed. Returns false where keys cannot be coded, or too many pairs reach it.
 
    How far rounding brings a score above its bound: n additions and multiplications are off by at most n 2^-24 (1 + n
    2^-24) of the sum of the terms' sizes. Let L be the product of the longest keys' lengths. In the product of two keys
    the terms' sizes sum to L at most, in its bound to 4 L, since |k - s c| is at most |k| where c is 0 and else, with at
    most 8192 channels, under half of it. There are D operations in the one, D % 64 + 5 in the other, and 5 more for the
-   sum of nine less the penalty: rounded() takes D + 10. */
+   sum of nine less the penalty; rounded() takes D + 10. So for nine pixels the score that is known, by exact(), and the
+   worse of rounded() and the bound are apart by at most 9 L ((D + 5) + max(D + 10, 4 (D % 64 + 10))) 2^-24. */
 template <bool SCALED>
 static bool match(const float *u, long H, long W, const float *v, long h, long w, long D, const float *penalty,
                   const float *a_of, const float *b_of, const npy_int64 *start, npy_int64 *matches, float *history) {
@@ -5597,7 +5599,7 @@ static bool match(const float *u, long H, long W, const float *v, long h, long w
     float *limits = B + h * ld * depth, *scale = limits + (h - 2) * ld * SCALED, *known = scale + (h - 2) * ld;
     float *A = known + patches, *rows = A + words, *space = rows + (start ? h * w * depth : 0), margin = 0;
     std::vector<npy_int64> found(threads * patches);
-    volatile bool many = false;
+    std::atomic<bool> many(false);
     if (start) {
         double L = quantise(u, H * W, D, false, A) * quantise(v, h * w, D, true, rows);
         if (!(L < 1e30)) return false;                                /* NaN is not */
@@ -5641,9 +5643,9 @@ static bool match(const float *u, long H, long W, const float *v, long h, long w
                     const float *P[] = {at(a - 2, y - 2), at(a - 1, y - 1), at(a, y)};
                     long i = (y - 2) * (W - 2);
                     reached += score<SCALED>(P, W, w, ld, sums, limits + (a - 2) * ld, (a - 2) * (w - 2), best + i,
-                                             match + i, history ? most + (a - 2) * ld : NULL, a_of + i,
-                                             scale + (a - 2) * ld, start ? u + (y - 2) * W * D : NULL,
-                                             v + (a - 2) * w * D, D);
+                                             match + i, history ? most + (a - 2) * ld : NULL,
+                                             SCALED ? a_of + i : NULL, scale + (a - 2) * ld,
+                                             start ? u + (y - 2) * W * D : NULL, v + (a - 2) * w * D, D);
                 }
             }
             if (start && reached > few) many = true;
@@ -5666,8 +5668,9 @@ static bool match(const float *u, long H, long W, const float *v, long h, long w
 }
 
 static void matching(PyArrayObject *image, PyArrayObject *style, PyArrayObject *of_image, PyArrayObject *of_style,
-                     PyArrayObject *known, PyArrayObject *penalties, PyArrayObject **matches, PyArrayObject **history) {
-    Array u(image), v(style), a(of_image), b(of_style), before(known), penalty(penalties);
+                     PyArrayObject *started, PyArrayObject *penalties, PyArrayObject **matches,
+                     PyArrayObject **history) {
+    Array u(image), v(style), a(of_image), b(of_style), before(started), penalty(penalties);
     npy_intp H = u.size(0), W = u.size(1), h = v.size(0), w = v.size(1), M = (H - 2) * (W - 2), N = (h - 2) * (w - 2);
     bool scaled = a.size(0) || b.size(0);
     if (std::min(std::min(H, W), std::min(h, w)) < 3 || u.size(2) != v.size(2) || (penalty && penalty.size(0) != N) ||
