@@ -1252,16 +1252,16 @@ def evaluate(objective, at, journal, signals):
         with signals.heard():
             held = at.minimiser.held()
             evaluation = objective.held(x, at.minimiser.image) if held else objective(x)
+        largest = float(np.abs(evaluation.gradient).max())
+        at.count(largest)
+        journal.record(at, x, evaluation, largest)
+        at.minimiser.tell(evaluation.total, evaluation.gradient)
     except BaseException as error:                                      # matches may have been updated
         if isinstance(error, FloatingPointError):
             at.memory['fresh'] = np.array(True)                         # the restart needs new matches
         objective.restore(at.memory)
         raise
-    largest = float(np.abs(evaluation.gradient).max())
-    at.count(largest)
-    journal.record(at, x, evaluation, largest)
     at.memory = objective.state()
-    at.minimiser.tell(evaluation.total, evaluation.gradient)
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------
@@ -5055,10 +5055,11 @@ def paint_and_save(objective, inputs, options, at, journal):
         journal.finish(at, 'been interrupted')
         say(f'\n{bold("Interrupted")} after {at.number} evaluations on device `{device}`: {saved}.')
         return 128 + interruption.args[0]
-    except FloatingPointError:
+    except FloatingPointError as error:
         saved = f'the last good image is in {kept(journal.places)}' if journal.save(at) else 'nothing was saved'
         journal.show(at, 'failed')
-        raise UserError(f'The loss is no longer a number after {at.number} evaluations; {saved}.',
+        problem = one_line(error)
+        raise UserError(f'{problem[0].upper()}{problem[1:]} after {at.number} evaluations; {saved}.',
                         'try smaller weights, or another --random-seed') from None
     except UserError:                                                   # a checkpoint that was tampered with
         raise

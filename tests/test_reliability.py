@@ -829,13 +829,16 @@ def test_a_loss_that_blows_up_once_is_overcome(painted, doodle, loss):
     assert len(done.asked) == 40 + (not np.isfinite(loss)) and numbers(done.log) == NUMBERS
     best = np.argmin([entry['total'] for entry in done.log[1:14]])
     assert best > 5 and (done.asked[14] == done.asked[best]).all()                       # back to the last good one
+    assert done.history[14] is None and done.history[15] == 14          # with new matches, and nothing of the bad image
     assert done.log[19]['total'] < 1.01 * min(entry['total'] for entry in done.log[1:20])
 
 
-def test_a_loss_that_blows_up_again_is_reported_and_the_image_kept(painted, doodle):
-    done = painted(at={k: lambda: np.nan for k in range(13, 40)})
+@pytest.mark.parametrize('loss, problem, count', [(np.nan, 'The loss or its gradient is not finite', 13),
+                                                  (1e30, 'The loss blew up', 15)])
+def test_a_loss_that_blows_up_again_is_reported_and_the_image_kept(painted, doodle, loss, problem, count):
+    done = painted(at={k: lambda: loss for k in range(13, 40)})
     assert done.code == 2 and len(done.asked) == 15
-    assert re.match(r'ERROR: The loss is no longer a number after 13 evaluations; the last good image is in `o.png`\.\n'
+    assert re.match(rf'ERROR: {problem} after {count} evaluations; the last good image is in `o.png`\.\n'
                     r'  FIX: try .+\n\Z', done.err)
     assert doodle.read_picture('o.png').pixels.std() > 10
 
