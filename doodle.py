@@ -1033,10 +1033,13 @@ class Objective:
             kind, layer = name.split()
             values, before = (np.asarray(array) for array in (state[name], variable.get_value(borrow=True)))
             height, width, _ = self.style[layer].keys.get_value(borrow=True, return_internal_type=True).shape
-            if kind == 'matches':                                       # those of a fresh state are read by sweeps only
-                unread = fresh and not np.ravel(state.get(f'draws {layer}'))[:1].any()
-                sound = unread or (values.size == math.prod(side // stride(layer) - 2 for side in self.size)
-                                       and 0 <= values.min() and values.max() < (height - 2) * (width - 2))
+            if kind == 'matches':
+                count = math.prod(side // stride(layer) - 2 for side in self.size)
+                sound = values.size == count and 0 <= values.min() and values.max() < (height - 2) * (width - 2)
+                # Those of a fresh state are read by sweeps only: they may be of the phase before.
+                if not sound and fresh and not np.ravel(state.get(f'draws {layer}'))[:1].any():
+                    values = state[name] = np.zeros(count, values.dtype)
+                    sound = True
             else:
                 sound = values.shape == before.shape and np.isfinite(values).all()
                 sound &= kind != 'draws' or 0 <= values.min() and values[0] <= FIRST_SWEEPS

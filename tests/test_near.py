@@ -232,6 +232,16 @@ def test_a_forged_state_is_refused_also_at_the_start_of_a_phase(doodle, objectiv
     ours.restore(first)                                                 # nothing was matched then
 
 
+@pytest.mark.parametrize('forged', [lambda values: values[:0], lambda values: values + 10 ** 6])
+def test_forged_matches_that_only_the_next_phase_reads_do_no_harm(doodle, objective, begin, forged):
+    ours, (small, large) = objective(), images(doodle, 1)
+    begin(ours, 0)
+    ours(small)
+    ours.restore(ours.state() | {'matches 2_1': forged(ours.state()['matches 2_1']), 'fresh': np.array(True)})
+    begin(ours, 1)
+    assert np.isfinite(ours(large[0]).total)
+
+
 @pytest.mark.parametrize('other', ['--variety=1', '--method=gatys'])
 def test_variety_and_gatys_are_refused(refused, other):
     assert refused('--style=a.png', '--matching=near', other) == (
