@@ -4767,7 +4767,7 @@ def differing(then, now):
 
 def is_before(line, at):
     """Whether a line of a log is complete, and is the header or an evaluation before the `Checkpoint`."""
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         entry = json.loads(line)
         known = at.phase, at.evaluation
         return line.endswith(b'\n') and ('inputs' in entry or (entry['phase'], entry['evaluation']) < known)
@@ -4795,7 +4795,7 @@ class Journal:
     def __init__(self, options, places, inputs, at):
         self.options, self.places, self.inputs, self.saved, self.told = options, places, inputs, None, set()
         self.page, self.names = Page(options, inputs), None             # names of the losses, once a phase began
-        self.safe = at.number                                           # evaluations in the run's checkpoint, or 0
+        self.safe = self.tried = at.number                              # evaluations in the run's checkpoint, or 0
         self.bar = tqdm(total=at.number + sum(at.left(options)), initial=at.number, disable=None, leave=False)
         self.log, self.unwritten = None, b''
         if options.log:
@@ -4833,7 +4833,7 @@ class Journal:
             shape = target.get_value(borrow=True, return_internal_type=True).shape
             self.say(f'  - Content layer conv{layer}: {shape[2]} features in {4 * math.prod(shape) // 1000:,}kb.')
         if at.cycle:
-            self.say(f'  - Phase #{at.phase} has converged: it only repeats its last {at.cycle}.')
+            self.say(f'  - Phase #{at.phase} has converged: it only repeats its last {at.cycle} evaluations.')
         self.say('')
         self.since = time.time()
         self.names = ['total', *(f'content conv{layer}' for layer in objective.target),
@@ -4920,11 +4920,18 @@ class Journal:
         self.say(f'  - After {at.evaluation} evaluations this phase has converged: it would repeat the last {cycle} '
                  f'for ever, and skips {skipped}.')
         self.write_log(dict(phase=at.phase, evaluation=at.evaluation, cycle=cycle, skipped=skipped))
-        self.bar.update(skipped)
+        self.page.first += skipped                                      # they take no time
+        if not self.bar.disable:
+            for name in 'initial', 'n', 'last_print_n':
+                setattr(self.bar, name, getattr(self.bar, name) + skipped)
+            self.bar.refresh()
 
     def keep(self, at):
         """Write a checkpoint every 10 evaluations, or as often as frames if that is more often."""
-        if at.number and at.number % min(self.options.save_every or 10, 10) == 0:
+        every = min(self.options.save_every or 10, 10)
+        passed = at.number // every > self.tried // every               # a multiple of 10, perhaps by a skip
+        if at.number and (passed or at.number % every == 0):
+            self.tried = at.number
             with self.spared(self.places.checkpoint):
                 write_checkpoint(self.places.checkpoint, at)
                 self.safe = at.number
@@ -4965,6 +4972,13 @@ class Journal:
         return done
 
 
+def frame_names(at):
+    """Names of a run's frames so far, in order."""
+    found = os.listdir(at.frames) if os.path.isdir(at.frames or '') else []
+    numbers = sorted(int(name[:-4]) for name in found if re.fullmatch(r'\d{4,}\.png', name, re.ASCII))
+    return [f'{number:04d}.png' for number in numbers if number < at.number]
+
+
 class Page:
     """The page beside a run's frames, which shows the run in a browser: ``watch.html``, and its data in ``watch.js``.
 
@@ -4986,15 +5000,14 @@ class Page:
 
     def show(self, at, names, state):
         """Write what the page shows; while the run is 'running' at most every two seconds."""
-        now, every, left = time.time(), self.options.save_every, at.left(self.options)
+        now, left = time.time(), at.left(self.options)
         if state == 'running' and now < self.shown + 2:
             return
         if not self.shown or not os.path.isfile(os.path.join(at.frames, 'watch.html')):
             self.write_page(at.frames)
         seconds = (now - self.start) / max(1, at.number - self.first)
         rest = sum(count * cost for count, cost in zip(left, self.costs)) / self.costs[at.phase]
-        frames = (f'{number:04d}.png' for number in range((at.number - 1) // every * every, -1, -every))
-        newest = next((name for name in frames if os.path.isfile(os.path.join(at.frames, name))), None)
+        newest = next(reversed(frame_names(at)), None)
         write_text(os.path.join(at.frames, 'watch.js'), 'watch({})\n'.format(json.dumps(dict(
             state=state, time=now, number=at.number, total=at.number + sum(left), phase=at.phase,
             phases=self.options.phases, seconds=seconds, left=seconds * rest, names=names,
@@ -5033,9 +5046,7 @@ def write_figure(path, journal, at):
 
 def write_animation(path, journal, at):
     """Write the animation of the run's frames; returns a line that says so, or why not."""
-    frames = [os.path.join(at.frames or '', f'{number:04d}.png')
-              for number in range(0, at.number, journal.options.save_every)]
-    frames = list(filter(os.path.isfile, frames))
+    frames = [os.path.join(at.frames, name) for name in frame_names(at)]
     if not frames:
         return '  - There are no frames, and so no animation.'
     (first, *rest), durations = import_beside('samples/figure.py', '--figure').animation(frames, journal.inputs.size)

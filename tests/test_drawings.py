@@ -93,6 +93,21 @@ def test_the_page_has_at_most_a_thousand_points(doodle, tmp_path):
     assert before.startswith('data:image/jpeg;base64,')
 
 
+def test_frames_so_far_are_known_whatever_was_between_them(doodle, tmp_path):
+    """A resumed run may have another --save-every; what a killed one made later is not of it."""
+    for name in '0000.png', '0010.png', '0012.png', '9999.png', '10000.png', '10010.png', 'a.png', '٠٠٠٣.png':
+        (tmp_path / name).touch()
+    at = doodle.Checkpoint({}, number=10010, frames=str(tmp_path))
+    assert doodle.frame_names(at) == ['0000.png', '0010.png', '0012.png', '9999.png', '10000.png']
+    picture = np.zeros((64, 64, 3), np.uint8)
+    page = doodle.Page(doodle.parse_options(['--style=a', '--save-every=7']),
+                       doodle.Inputs(None, None, picture, None, None, (64, 64), None, None))
+    page.begin(at)
+    page.show(at, [], 'running')
+    assert shown(tmp_path)['frame'] == '10000.png'
+    assert doodle.frame_names(doodle.Checkpoint({})) == []
+
+
 def test_losses_are_in_the_checkpoint_exactly(doodle):
     """So they are shown after a resume, too; broken ones are refused."""
     losses = [(0, 3.25, 1e-30), (1, 1 / 3, 2.)]

@@ -1,5 +1,6 @@
 """L-BFGS-B and the way through the phases, on losses that need no network."""
 import contextlib
+import io
 import json
 import os
 import re
@@ -451,14 +452,17 @@ def test_whole_cycles_are_counted_as_if_they_had_been_made(doodle):
         assert at.error == pytest.approx(other.error, rel=1e-12)
 
 
-def test_a_phase_that_can_only_repeat_itself_ends_early_and_the_next_begins(doodle, painted, tmp_path):
+def test_a_phase_that_can_only_repeat_itself_ends_early_and_the_next_begins(doodle, painted, tmp_path, monkeypatch):
+    bar = doodle.tqdm
+    monkeypatch.setattr(doodle, 'tqdm', lambda **how: bar(**how | dict(disable=False, file=io.StringIO())))
     done, whole = (painted(Objective(doodle), '--phases=2', '--iterations=50', f'--log={option}',
                            f'--stop-when-converged={option}') for option in (1, 0))    # no slope: it stays at the noise
     logs = [[json.loads(line) for line in (tmp_path / name).read_text().splitlines()[1:]] for name in '10']
     skips = [dict(phase=phase, evaluation=2, cycle=1, skipped=47) for phase in (0, 1)]
     assert [entry for entry in logs[0] if 'skipped' in entry] == skips and len(logs[0]) == 8 and len(logs[1]) == 100
     assert all(entry in logs[1] for entry in logs[0] if 'skipped' not in entry) and logs[0][-1] == logs[1][-1]
-    assert done.at.number == whole.at.number == 100 and done.journal.bar.n == whole.journal.bar.n
+    assert done.at.number == whole.at.number == done.journal.bar.n == whole.journal.bar.n == 100
+    assert done.journal.bar.n - done.journal.bar.initial == 6 and done.at.number - done.journal.page.first == 3  # made
     assert (done.at.minimiser.image == whole.at.minimiser.image).all() and done.saved == whole.saved
     assert done.at.error == pytest.approx(whole.at.error, rel=1e-12) and done.at.error < 3
 
@@ -541,7 +545,7 @@ def test_a_run_that_has_converged_says_so_at_once_when_it_goes_on(textured):
                           for number, option in zip(numbers, ([], ['--resume'], ['--resume'])))
     assert 'converged' not in ended.out and len(ended.log) == numbers[0]
     for run in (short, more):
-        assert f' Phase #0 has converged: it only repeats its last {cycle}.\n' in run.out
+        assert f' Phase #0 has converged: it only repeats its last {cycle} evaluations.\n' in run.out
     assert len(short.log) == numbers[1] - numbers[0] and 'this phase' not in short.out
     skipped = (299 - numbers[1]) // cycle * cycle
     assert more.log[0] == dict(phase=0, evaluation=numbers[1], cycle=cycle, skipped=skipped)

@@ -242,7 +242,8 @@ def test_a_seed_is_known_by_its_pixels(painted):
 @pytest.mark.parametrize('left, kept', [
     (lambda lines: lines[:8] + [b'{"phase": 0, "eva'], 7), (lambda lines: [], 0), *mostly_slow([
         (lambda lines: lines, 10), (lambda lines: [b'[1]\n', b'of another program\n'], 0),
-        (lambda lines: lines[:1] + lines[11:], 0)])])
+        (lambda lines: lines[:1] + lines[11:], 0),
+        (lambda lines: [99999 * b'[' + b'\n'], 0)])])
 def test_the_log_has_each_evaluation_once_whatever_was_in_it(painted, left, kept):
     whole = painted('--random-seed=3').log
     with pytest.raises(Killed):
@@ -454,7 +455,7 @@ def test_a_cycle_is_believed_only_where_the_same_is_computed(painted, slices, ma
     rewrite(lambda numbers, arrays: numbers.update(cycle=3))
     again = painted('--resume', f'--slices={slices}')
     assert again.code == 0 and len(again.asked) == made
-    assert ('  - Phase #0 has converged: it only repeats its last 3.\n' in again.out) == (slices == 1)
+    assert ('  - Phase #0 has converged: it only repeats its last 3 evaluations.\n' in again.out) == (made < 30)
 
 
 def test_after_a_loss_that_is_no_number_there_is_no_cycle(painted):
@@ -509,6 +510,16 @@ def test_three_kills_of_a_real_run(tmp_path):
     assert len(killed.lost) == 3 and max(killed.lost) <= 2 and killed.left == 0
     assert killed.log == whole.log and len(whole.log) == 16
     assert (tmp_path / 'killed/o.png').read_bytes() == (tmp_path / 'whole/o.png').read_bytes()
+
+
+def test_checkpoints_are_ten_evaluations_apart_also_where_some_are_skipped(doodle, monkeypatch):
+    written, places = [], SimpleNamespace(checkpoint='a file')
+    monkeypatch.setattr(doodle, 'write_checkpoint', lambda path, at: written.append(at.number))
+    journal = SimpleNamespace(options=SimpleNamespace(save_every=0), places=places, tried=0,
+                              spared=lambda path: contextlib.nullcontext())
+    for number in *range(59), *range(111, 135):
+        doodle.Journal.keep(journal, SimpleNamespace(number=number))
+    assert written == [10, 20, 30, 40, 50, 111, 120, 130]
 
 
 # ---- more iterations -------------------------------------------------------------------------------------------------
