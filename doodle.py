@@ -1316,7 +1316,7 @@ def run_alone(options, places, inputs, remarks):
     for line in remarks + lines + [f'Random seed {at.header["random_seed"]}.']:
         say(f'  - {line}')
     say('  - Compiling ..')
-    at.compute_with(device, choose_slices(inputs, options, device))
+    at.compute_with(device=device, slices=choose_slices(inputs, options, device), threads=thread_count())
     objective = Objective(weights, options, inputs.content is not None, inputs.style_map is not None, device == 'cpu',
                           inputs.style_alpha is not None, at.header['slices'])
     objective = Remembered(objective, options, memory_needed(inputs.size, inputs.style.shape[1::-1], options))
@@ -1788,6 +1788,11 @@ def allowed_cores():
     return min([len(os.sched_getaffinity(0))] + [math.ceil(quota / period) for quota, period in quotas if quota > 0])
 
 
+def thread_count():
+    """Number of threads of BLAS and engine."""
+    return int(os.environ.get('OMP_NUM_THREADS') or allowed_cores())    # as `prepare_process` has set it
+
+
 def memory_limit():
     """Bytes available to this process: the machine's free memory and swap, or less by a cgroup or ulimit."""
     free = dict(re.findall(r'(\w+): +(\d+) kB', text_of('/proc/meminfo')))
@@ -1797,7 +1802,7 @@ def memory_limit():
 
 def ulimits():
     """Bytes that `ulimit -v` and `ulimit -d` leave, without what libraries and threads reserve and never touch."""
-    reserved = 400e6 + 32e6 * int(os.environ.get('OMP_NUM_THREADS', 1))  # measured: 467 MB with 2 threads
+    reserved = 400e6 + 32e6 * thread_count()                            # measured: 467 MB with 2 threads
     softs = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
     return [max(0, soft - reserved) for soft in softs if soft != resource.RLIM_INFINITY]
 
@@ -1968,10 +1973,10 @@ def has_dot():
 def efforts(inputs, options):
     """The effort of each phase's preparation and of its evaluations, [(preparation, evaluation), ...].
 
-    It is counted in multiply-adds of a large matrix product, on all cores, that take as long.
+    It is counted in multiply-adds of a large matrix product, on all threads, that take as long.
     """
     def effort(amounts):
-        return sum(COSTS[name] * amount * (allowed_cores() if name in ON_ONE_CORE else 1)
+        return sum(COSTS[name] * amount * (thread_count() if name in ON_ONE_CORE else 1)
                    for name, amount in amounts.items())
     result = []
     for phase in range(options.phases):
@@ -2002,8 +2007,9 @@ def product_rate():
 
 
 def in_words(seconds):
-    """A time as minutes, or as hours."""
-    return f'{seconds / 60:.0f} minutes' if seconds < 2 * 3600 else f'{seconds / 3600:.1f} hours'
+    """A time as minutes, one at least, or as hours."""
+    minutes = max(1, round(seconds / 60))
+    return f'{minutes} minute{"s" * (minutes > 1)}' if minutes < 120 else f'{seconds / 3600:.1f} hours'
 
 
 STARTING = 7                                                          # seconds until the first phase, compiled before
@@ -2025,7 +2031,8 @@ def plan(inputs, options, at):
         lines.append('Phase #{}: {}x{}, {} evaluations of about {:,.2f} s{}'.format(
             phase, *size, left, effort / rate, ', style patches ' * bool(patches) + ', '.join(patches)))
     seconds = STARTING + total_effort(inputs, options, at) / rate
-    return lines + [f'On this CPU about {in_words(seconds)} and '
+    most = 'at most ' * options.stop_when_converged
+    return lines + [f'On this CPU {most}about {in_words(seconds)} and '
                     f'{memory_needed(inputs.size, style_size, options) / 1e9:.1f} GB in all.',
                     *advice(inputs, options, at, rate)]
 
@@ -2033,12 +2040,15 @@ def plan(inputs, options, at):
 def advice(inputs, options, at, rate=None):
     """A line on how long a run takes on this CPU, if exact matching makes it long, and what would make it shorter.
 
-    There is none where it goes on from a checkpoint, which must match as before.
+    Or that no match will be near where --matching=near asks for it. There is none where a run goes on from a
+    checkpoint, which must match as before, nor with what --matching=near does not go with.
     """
-    if at.number or options.matching == 'near' or options.variety or not style_term(options).patched:
+    if at.number or options.variety or options.line_search == 'held' or not style_term(options).patched:
         return []
     exact, near = (total_effort(inputs, argparse.Namespace(**vars(options) | {'matching': matching}), at)
                    for matching in ('exact', 'near'))
+    if options.matching == 'near':
+        return ['All matches will be exact: near ones are for large pictures, after the first phase.'] * (near == exact)
     if exact < LONG or near > .7 * exact:
         return []
     exact, near = (in_words(effort / (rate or product_rate())) for effort in (exact, near))
@@ -4534,11 +4544,11 @@ class Checkpoint:
         self.minimiser, self.memory, self.restarts = Minimiser(image), objective.state(), {}
         self.cycle, self.excess, self.starts = 0, 0., [*self.starts, self.number]
 
-    def compute_with(self, device, slices):
+    def compute_with(self, **what):
         """Note what a run computes with; where that was something else before, what repeated itself need not now."""
-        if (device, slices) != (self.header['device'], self.header.get('slices')):
+        if what != {name: self.header.get(name) for name in what}:
             self.cycle, self.restarts = 0, {}
-        self.header |= dict(device=device, slices=slices)
+        self.header |= what
 
     def left(self, options):
         """How many evaluations each phase still has to make: earlier ones may have had fewer than now are asked for."""
@@ -4612,7 +4622,7 @@ def find_checkpoint(path, header, resume):
     if resume and os.path.exists(path):
         at = read_checkpoint(path, header)
         line = going_on(path, at, at.header['options']['iterations'], argparse.Namespace(**header['options']))
-        at.header = header | {name: at.header.get(name) for name in ('random_seed', 'device', 'slices')}
+        at.header = header | {name: at.header.get(name) for name in ('random_seed', 'device', 'slices', 'threads')}
         return at, [line]
     if os.path.exists(path):
         remarks = [f'`{path}` of a run before will be replaced by the first of this run; --resume would go on.']

@@ -298,9 +298,10 @@ def test_the_log_begins_with_the_provenance_of_the_run(doodle, texture, faces):
     assert texture.header['options']['style_layers'] == ['3_1'] and texture.header['options']['iterations'] == 3
     assert faces.header['shapes'] == {'output': [112, 96], 'style': [108, 124], 'map_channels': 3}
     assert list(texture.header) == ['version', 'device', 'network', 'weights', 'random_seed', 'options', 'inputs',
-                                    'shapes', 'slices', 'starts']
+                                    'shapes', 'slices', 'threads', 'starts']
     assert texture.header['version'] == doodle.__version__
-    assert texture.header['slices'] == 1 and texture.header['starts'] == []
+    assert (texture.header['slices'], texture.header['starts']) == (1, [])
+    assert texture.header['threads'] == doodle.thread_count()
 
 
 @pytest.mark.parametrize('run_of', ['texture', 'faces'])

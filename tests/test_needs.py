@@ -78,11 +78,35 @@ def test_what_is_left_to_do_has_the_preparation_of_each_phase_to_come(doodle, pl
                               (dict(phase=1, evaluation=10, number=20), 1, middle + last + 10 * each)):
         *phases, total = doodle.plan(inputs, options, doodle.Checkpoint({}, **at))
         assert len(phases) == lines and effort > 60e9
-        assert total.startswith(f'On this CPU about {doodle.in_words(7 + effort / 1e9)} and ')
+        assert total.startswith(f'On this CPU at most about {doodle.in_words(7 + effort / 1e9)} and ')
+
+
+def test_what_one_core_does_counts_as_often_as_there_are_threads(doodle, monkeypatch):
+    picture = np.zeros((64, 64, 3), np.uint8)
+    inputs = doodle.Inputs(picture, None, picture, None, None, (64, 64), None, None)
+    options = doodle.parse_options(['--style=-', '--content=-'])
+    monkeypatch.setenv('OMP_NUM_THREADS', '2')
+    two = doodle.efforts(inputs, options)
+    monkeypatch.setattr(doodle, 'allowed_cores', lambda: 64)
+    assert doodle.efforts(inputs, options) == two
+    monkeypatch.delenv('OMP_NUM_THREADS')
+    assert doodle.efforts(inputs, options)[-1][1] > 2 * two[-1][1]
+
+
+@pytest.mark.parametrize('seconds, words', [(0, '1 minute'), (89, '1 minute'), (91, '2 minutes'), (7100, '118 minutes'),
+                                            (7200, '2.0 hours'), (36000, '10.0 hours')])
+def test_times_are_said_in_minutes_or_hours(doodle, seconds, words):
+    assert doodle.in_words(seconds) == words
+
+
+def test_time_is_the_most_where_phases_may_converge(planned):
+    assert planned((80, 60), (50, 40))[-1].startswith('On this CPU at most about ')
+    assert planned((80, 60), (50, 40), '--stop-when-converged=0')[-1].startswith('On this CPU about ')
 
 
 @pytest.mark.parametrize('arguments, told', [
-    (['--iterations=1000'], True), (['--iterations=1'], False), (['--iterations=1000', '--matching=near'], False),
+    (['--iterations=1000'], True), (['--iterations=1000', '--line-search=held'], False),
+    (['--iterations=1'], False), (['--iterations=1000', '--matching=near'], False),
     (['--iterations=1000', '--variety=1'], False), (['--iterations=1000', '--method=gatys'], False),
     (['--iterations=1000', '--phases=1'], False)])
 def test_nothing_is_refused_for_its_time_but_a_long_exact_search_is_told(planned, arguments, told):
@@ -98,7 +122,8 @@ def test_nothing_is_refused_for_its_time_but_a_long_exact_search_is_told(planned
 
 @pytest.mark.parametrize('device, arguments, said', [
     ('cuda0', ['--matching=near'], ['On a GPU all matches are exact: --matching=near is for the CPU.']),
-    ('cuda0', [], []), ('cpu', ['--matching=near'], []), ('cpu', [], ['With exact matching'])])
+    ('cuda0', [], []), ('cpu', ['--matching=near'], []), ('cpu', [], ['With exact matching']),
+    ('cpu', ['--matching=near', '--phases=1'], ['All matches will be exact: near ones are for large pictures, '])])
 def test_a_run_says_at_its_start_how_long_exact_matching_takes(doodle, planned, device, arguments, said):
     inputs = doodle.Inputs(None, None, np.zeros((2048, 2048, 3), np.uint8), None, None, (2048, 2048), None, None)
     options = doodle.parse_options(['--style=-', '--iterations=1000', *arguments])

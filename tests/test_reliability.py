@@ -447,12 +447,14 @@ def test_a_checkpoint_that_is_not_wanted_is_mentioned_and_replaced(painted):
     assert not os.path.exists(CHECKPOINT)
 
 
-@pytest.mark.parametrize('slices, made', [(1, 30 - 9), (7, 30)])
-def test_a_cycle_is_believed_only_where_the_same_is_computed(painted, slices, made):
+@pytest.mark.parametrize('slices, threads, made', [(1, '2', 30 - 9), (7, '2', 30), (1, '3', 30)])
+def test_a_cycle_is_believed_only_where_the_same_is_computed(painted, monkeypatch, slices, threads, made):
     """9 evaluations, three whole cycles, are not made."""
+    monkeypatch.setenv('OMP_NUM_THREADS', '2')
     with pytest.raises(Killed):
         painted(at={12: stop(Killed)})
     rewrite(lambda numbers, arrays: numbers.update(cycle=3))
+    monkeypatch.setenv('OMP_NUM_THREADS', threads)
     again = painted('--resume', f'--slices={slices}')
     assert again.code == 0 and len(again.asked) == made
     assert ('  - Phase #0 has converged: it only repeats its last 3 evaluations.\n' in again.out) == (made < 30)
