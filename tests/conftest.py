@@ -1,4 +1,5 @@
 """What the tests share: the program as a module, as a process, and as it answers mistakes."""
+import ctypes
 import importlib.machinery
 import importlib.util
 import os
@@ -113,6 +114,15 @@ def card(tmp_path_factory, pytestconfig):
     flags = [os.environ.get('THEANO_FLAGS', ''), *(f'{name}={value}' for name, value in flags.items())]
     return os.environ | {'LD_LIBRARY_PATH': str(folder), 'EMU_DIR': str(kept / 'kernels'), 'PYTHONPATH': path,
                          'THEANO_FLAGS': ','.join(filter(None, flags))}
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of the engine's threads, which after the test is what it was before."""
+    library = ctypes.CDLL('libgomp.so.1')
+    before = library.omp_get_max_threads()
+    yield library.omp_set_num_threads
+    library.omp_set_num_threads(before)
 
 
 @pytest.fixture

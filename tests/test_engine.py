@@ -1,5 +1,4 @@
 """The engine's Ops against the plain formulas and against brute force, over odd, prime and tiny shapes."""
-import ctypes
 import io
 import subprocess
 import sys
@@ -93,20 +92,19 @@ def test_matching_refuses_what_has_no_patch_or_does_not_fit(found):
 
 
 @pytest.mark.parametrize('kind', KEYS)
-def test_matches_from_a_start_are_those_without_by_any_number_of_threads(doodle, kind):
+def test_matches_from_a_start_are_those_without_by_any_number_of_threads(doodle, threads, kind):
     """Though from a start most pairs are left out by bounds in bytes, where the processor can."""
-    T, rng, omp = doodle.T, np.random.default_rng(4), ctypes.CDLL('libgomp.so.1')
+    T, rng = doodle.T, np.random.default_rng(4)
     u, v, start, H, W, h, w = T.tensor3(), T.tensor3(), T.lvector(), 17, 23, 21, 14
     plain = doodle.theano.function([u, v], doodle.fast_match(u, v)[0])
     begun = doodle.theano.function([u, v, start], doodle.fast_match(u, v, start=start)[0])
     p, q = (with_maps(rng, KEYS[kind](rng, (*size, 192)), 5) for size in ((H, W), (h, w)))
     p[5:9, 5:9] = q[3:7, 2:6] = q[11:15, 8:12]                          # two patches match as well
-    j, before = plain(p, q), omp.omp_get_max_threads()
-    for threads in range(1, 9):
-        omp.omp_set_num_threads(threads)
+    j = plain(p, q)
+    for count in range(1, 9):
+        threads(count)
         for first in (j, rng.integers(0, (h - 2) * (w - 2), len(j))):
             assert (begun(p, q, first) == j).all()
-    omp.omp_set_num_threads(before)
 
 
 @pytest.mark.parametrize('H, W, h, w, C', [(3, 3, 3, 3, 1), (3, 5, 4, 3, 16), (13, 17, 11, 19, 37), (9, 4, 5, 21, 128)])

@@ -1,6 +1,4 @@
 """--matching=near: NearMatching against a version of it in NumPy, and what a run makes of it."""
-import ctypes
-
 import numpy as np
 import pytest
 
@@ -75,15 +73,6 @@ def integers():
     rng = np.random.default_rng(0)
     u, v = (np.float32(rng.integers(0, 5, shape)) for shape in ((19, 23, 37), (31, 17, 37)))
     return u, v, np.ones(29 * 15, np.float32), rng.integers(0, 29 * 15, 17 * 21)
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads."""
-    library = ctypes.CDLL('libgomp.so.1')
-    before = library.omp_get_max_threads()
-    yield library.omp_set_num_threads
-    library.omp_set_num_threads(before)
 
 
 @pytest.mark.parametrize('sweeps', [1, 3])
