@@ -80,8 +80,8 @@ def integers():
 def test_matches_are_those_of_the_numpy_version_with_any_threads(found, integers, threads, sweeps, left_out):
     u, v, b, guess = integers
     b[:3] = b[7::2] = 1 - left_out
-    S = brute_force(u, v) + np.where(b > 0, 0, -np.inf)[:, None]
-    expected = nearly(np.rint(9 * S), (17, 21), (29, 15), guess, sweeps, (5 << 32) + 7)
+    S = np.rint(9 * brute_force(u, v)) + np.where(b > 0, 0, -np.inf)[:, None]               # (j, i)
+    expected = nearly(S, (17, 21), (29, 15), guess, sweeps, (5 << 32) + 7)
     for count in (1, 2, 5):
         threads(count)
         assert (found(u, v, b, guess, sweeps, (5 << 32) + 7) == expected).all()
