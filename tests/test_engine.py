@@ -35,12 +35,11 @@ def test_convolution_and_its_gradient_are_those_of_the_plain_graph(doodle, C, K,
         pooled = twin.average_pool(image) if pool else image
         expected = np.maximum(twin.conv2d(pooled, W.astype(float), b), 0) if q.size else np.zeros((K, *q.shape[:2]))
         np.testing.assert_allclose(np.moveaxis(y, 2, 0), expected, atol=3e-5 * max(1e-6, expected.max(initial=0)))
-        if ((np.moveaxis(y, 2, 0) > 0) == (expected > 0)).all():                            # no rectifier flipped
-            back = np.zeros_like(image)
-            if q.size:
-                back = twin.conv2d_backward(np.moveaxis(q, 2, 0) * (expected > 0), W.astype(float))
-                back = twin.average_pool_backward(back, image.shape) if pool else back
-            np.testing.assert_allclose(np.moveaxis(dx, 2, 0), back, atol=3e-5 * max(1e-6, np.abs(back).max()))
+        back = np.zeros_like(image)
+        if q.size:                                                      # by the engine's rectifier: rounding flips some
+            back = twin.conv2d_backward(np.moveaxis(q * (y > 0), 2, 0).astype(float), W.astype(float))
+            back = twin.average_pool_backward(back, image.shape) if pool else back
+        np.testing.assert_allclose(np.moveaxis(dx, 2, 0), back, atol=3e-5 * max(1e-6, np.abs(back).max()))
 
 
 def test_convolution_refuses_what_does_not_fit(doodle):
