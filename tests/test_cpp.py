@@ -142,38 +142,42 @@ def check_convolution(doodle, library, rng, size, C, K, pool):
     np.testing.assert_allclose(np.moveaxis(dx, 2, 0), back, atol=1e-4 * max(1, np.abs(back).max()))
 
 
+def noise(rng, image, style, D):
+    """Keys u (H, W, D) and v (h, w, D) of noise, their patches' products (j, i), and b(j), every third of them 0."""
+    u, v = (rng.normal(size=(*size, D)).astype(np.float32) for size in (image, style))
+    p, q = (sliding_window_view(np.float64(k), (3, 3), (0, 1)).reshape(-1, 9 * D) for k in (u, v))  # (i or j, 9 D)
+    b = rng.random(len(q), np.float32)                                  # (j,)
+    b[::3] *= len(b) == 1                                               # no patches; at least one is left
+    return u, v, q @ p.T, b
+
+
 def check_matching(library, rng, image, style, D, scaled, history):
     """One search against the products of all patches."""
-    u, v = (rng.normal(size=(*size, D)).astype(np.float32) for size in (image, style))
-    p, q = (sliding_window_view(np.float64(k), (3, 3), (0, 1)).reshape(-1, 9 * D) for k in (u, v))
-    a, b, penalty = (rng.random(count, np.float32) for count in (len(p), len(q), len(q)))
-    b[::3] *= len(b) == 1                                               # no patches; at least one is left
-    S = q @ p.T                                                         # (j, i)
+    u, v, S, b = noise(rng, image, style, D)
+    penalty, a = (rng.random(count, np.float32) for count in S.shape)   # (j,) and (i,)
     S = S * np.outer(b, a) if scaled else S
     a, b = (a, b) if scaled else (NONE, NONE)
     j, *new = library.varied(u, v, a, b, NO_START, penalty) if history else library.matched(u, v, a, b, NO_START)
     scores = S - penalty[:, None] if history else S
     if scaled:
         scores[b == 0] = -np.inf
-    assert j.dtype == np.int64 and j.shape == (len(p),) and 0 <= j.min() and j.max() < len(q)
-    assert (scores.max(axis=0) - scores[j, np.arange(len(p))]).max() < 1e-4
+    assert j.dtype == np.int64 and j.shape == S.shape[1:] and 0 <= j.min() and j.max() < len(S)
+    assert (scores.max(axis=0) - scores[j, np.arange(len(j))]).max() < 1e-4
     if history:
         np.testing.assert_allclose(new[0], S.max(axis=1), atol=1e-4)
 
 
 def check_near_matching(library, rng, image, style, D, scaled):
     """A near search makes no match worse, and with many sweeps finds the best of a good part, on noise."""
-    u, v = (rng.normal(size=(*size, D)).astype(np.float32) for size in (image, style))
-    p, q = (sliding_window_view(np.float64(k), (3, 3), (0, 1)).reshape(-1, 9 * D) for k in (u, v))
-    b = rng.random(len(q) * scaled, np.float32)
-    b[::3] *= len(b) == 1
-    S, i, guess = q @ p.T * (b[:, None] if scaled else 1), np.arange(len(p)), rng.integers(0, len(q), len(p))
+    u, v, S, b = noise(rng, image, style, D)
     if scaled:
-        S[b == 0] = -np.inf
-    found = {sweeps: library.nearly(u, v, b, guess, np.array([sweeps, 5]))[0] for sweeps in (1, 60)}
-    gains = S[found[1], i] - S[guess, i], S[found[60], i] - S[found[1], i]
-    assert min(gain[np.isfinite(gain)].min(initial=0) for gain in gains) > -1e-4
-    assert np.mean(S[found[60], i] > S.max(axis=0) - 1e-4) > .3
+        S = np.where(b[:, None] > 0, S * b[:, None], -np.inf)
+    i, guess = np.arange(S.shape[1]), rng.integers(0, len(S), S.shape[1])
+    scores = [S[guess, i]] + [S[library.nearly(u, v, b if scaled else NONE, guess, np.array([sweeps, 5]))[0], i]
+                              for sweeps in (1, 60)]
+    assert np.isfinite(scores[1:]).all()                                # also where the guess is no patch
+    assert min((later - before).min() for before, later in zip(scores, scores[1:])) > -1e-4
+    assert np.mean(scores[2] > S.max(axis=0) - 1e-4) > .3
 
 
 def check_differences(library, rng, image, style, C):
