@@ -9,7 +9,8 @@
 
 Everything is timed in turn within one process, round after round, since machines drift: read the ratios. Memory and
 growth are measured in a process of their own each. Takes some minutes. A whole run is the program's own, beside what
---check says of it; --options are the program's.
+--check says of it. --options are the program's; without --growth or --whole only those weights of the loss and of the
+maps that all forms know: --content-weight, --style-weight, --semantic-weight and --smoothness.
 """
 import argparse
 import itertools
@@ -26,15 +27,12 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import doodle  # noqa: E402
-
-doodle.return_freed_memory()
-doodle.import_pillow()
-with mock.patch.dict(os.environ):
-    doodle.import_theano('cpu')
 import numpy as np  # noqa: E402
 
+import doodle  # noqa: E402
 from peer import Torch  # noqa: E402
+
+ALIKE = '--content-weight', '--style-weight', '--semantic-weight', '--smoothness'      # what all forms know
 
 
 def faces(width, height):
@@ -145,9 +143,10 @@ def whole(size, arguments):
         entries = [json.loads(line) for line in Path(folder, 'log').read_text().splitlines()[1:]]
     phases = {}
     for entry in entries:
-        phases.setdefault(entry['phase'], []).append(entry.get('seconds', 0))
+        if 'total' in entry:                                            # else evaluations that were skipped
+            phases.setdefault(entry['phase'], []).append(entry['seconds'])
     for phase, times in phases.items():
-        print(f'Phase #{phase}: {len(times)} entries of {np.mean(times):.2f} s')
+        print(f'Phase #{phase}: {len(times)} evaluations of {np.mean(times):.2f} s, remembered ones included')
     print(f'{took / 60:.1f} minutes in all')
 
 
@@ -160,16 +159,24 @@ def main():
     parser.add_argument('--after', type=int, default=0, help='evaluations of a run before those that are timed')
     parser.add_argument('--growth', help='sizes, with commas between: time and memory of the engine, nothing else')
     parser.add_argument('--whole', action='store_true', help='the time of a whole run, nothing else')
-    parser.add_argument('--options', default='', help="the program's, as one text")
+    parser.add_argument('--options', default='', help="the program's, as one text: see above which")
     parser.add_argument('--alone', help=argparse.SUPPRESS)
     a = parser.parse_args()
     given = shlex.split(a.options)
+    doodle.return_freed_memory()
+    doodle.import_pillow()
     if a.whole:
-        return whole(a.size, [f'--weights={a.weights}', *given])
+        return whole(a.size, [f'--weights={os.path.abspath(a.weights)}', *given])           # it has another folder
     if a.growth:
         return grow(map(doodle.parse_size, a.growth.split(',')), a)
+    options, plain = (doodle.parse_options(['--style=-', '--content-weight=10', '--style-weight=10', '--slices=2',
+                                            *more]) for more in (given, []))
+    differ = {name for name, value in vars(options).items() if value != getattr(plain, name)}
+    if differ - {*map(doodle.attribute, ALIKE)} and not a.alone:
+        parser.error(f'without --growth or --whole, --options can only be {", ".join(ALIKE)}')
+    with mock.patch.dict(os.environ):
+        doodle.import_theano('cpu')
     weights, _ = doodle.read_weights(a.weights)
-    options = doodle.parse_options(['--style=-', '--content-weight=10', '--style-weight=10', '--slices=2', *given])
     pair = faces(*a.size)
     x = np.random.default_rng(0).uniform(16, 240, pair[0].shape)
     if a.alone:

@@ -219,9 +219,21 @@ def test_the_benchmark_measures_and_compares():
 @pytest.mark.slow
 @pytest.mark.parametrize('arguments, rows', [
     (['--growth=64x48,80x60', '--options=--matching=near'], ['| 64x48 | ', '| 80x60 | ']),
-    (['--size=64x48', '--whole', '--options=--phases=2 --iterations=3'], [
-        'Phase #0: 32x24, 3 evaluations of about', 'Phase #1: 3 entries of', ' minutes in all'])])
+    (['--size=64x48', '--whole', '--weights=vgg16.npz', '--options=--phases=2 --iterations=3'], [
+        'Phase #0: 32x24, 3 evaluations of about', 'Phase #1: 3 evaluations of', ' minutes in all']),
+    # The image stays where it is: of 20 evaluations the first two and the last are made.
+    (['--size=64x48', '--whole', '--options=--phases=1 --iterations=20 --content-weight=0 --style-weight=0 '
+      '--smoothness=0'], ['Phase #0: 3 evaluations of'])])
 def test_the_benchmark_measures_growth_and_whole_runs(arguments, rows):
-    printed = subprocess.run([sys.executable, ROOT / 'tests/benchmark.py', *arguments], capture_output=True, text=True,
-                             check=True).stdout
+    printed = subprocess.run([sys.executable, ROOT / 'tests/benchmark.py', *arguments], cwd=ROOT, capture_output=True,
+                             text=True, check=True).stdout
     assert [row for row in rows if printed.count(row) != 1] == []
+
+
+@pytest.mark.parametrize('options', ['--method=gatys', '--method=li-wand', '--matching=near'])
+def test_the_benchmark_compares_only_what_all_forms_compute_alike(options):
+    done = subprocess.run([sys.executable, ROOT / 'tests/benchmark.py', f'--options={options}'], capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stdout) == (2, '') and done.stderr.splitlines()[-1] == (
+        'benchmark.py: error: without --growth or --whole, --options can only be --content-weight, --style-weight, '
+        '--semantic-weight, --smoothness')
