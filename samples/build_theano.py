@@ -9,6 +9,7 @@
 Theano (BSD) is published as source alone, and its setup.py needs what is gone from Python 3.12. What it makes on 3.11
 is pure Python and serves all.
 """
+import argparse
 import hashlib
 import os
 import pathlib
@@ -21,6 +22,7 @@ SHA256 = 'd470fbf69668dfb5e85b2ca1ef6995519b887675429f62a77a9f91e12903fd2d'
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         pins = pathlib.Path(folder, 'pins.txt')
         pins.write_text('setuptools==80.10.2\n')

@@ -7,6 +7,7 @@ its peak and what `memory_needed` says, in MB; then the coefficients, by least s
 may be in three stages, and the runs are chosen so that it is known in which: the network is compiled, the features and
 keys of all copies of the style are made, or the image is painted. On two cores it takes five minutes.
 """
+import argparse
 import math
 import os
 import re
@@ -87,6 +88,7 @@ def terms(stage, size, style_size, options):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     doodle.import_pillow()
     rows, peaks = [], []
     with tempfile.TemporaryDirectory() as folder:

@@ -7,22 +7,18 @@ is timed on one core, in turn with a matrix product. Prints the seconds of both,
 by least squares of the relative errors, for which the optimiser's step and the convolutions are timed alone, too. All
 times are of the processor, so that other programs disturb little. On a quiet core it takes two minutes.
 """
+import argparse
 import os
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
-os.environ['OMP_NUM_THREADS'] = '1'
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import doodle  # noqa: E402
-
-doodle.prepare_process()
-doodle.import_pillow()
-with mock.patch.dict(os.environ):
-    doodle.import_theano('cpu')
+os.environ['OMP_NUM_THREADS'] = '1'                                     # before NumPy is imported
 import numpy as np  # noqa: E402
 from scipy.optimize import nnls  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import doodle  # noqa: E402
 
 GATYS, LI_WAND = '--method=gatys', '--method=li-wand'
 # Options, and the sizes of content and style.
@@ -83,10 +79,16 @@ def measured(objective, convolve, size, rounds=3):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('count', metavar='N', nargs='?', type=doodle.parse_natural)
+    count = parser.parse_args().count
+    doodle.prepare_process()
+    doodle.import_pillow()
+    doodle.import_theano('cpu')
     doodle.NEAR_PAIRS = 1
     weights, rows, ratios = random_weights(), [], []
     print('evaluation  product  by COSTS')
-    for arguments, sizes in RUNS[:int(sys.argv[1])] if sys.argv[1:] else RUNS:
+    for arguments, sizes in RUNS[:count]:
         options = doodle.parse_options(['--style=-', '--content=-', *arguments])
         objective = doodle.Objective(weights, options, True, doodle.style_term(options).reads_maps, True)
         convolve = network(weights, objective.layers)

@@ -22,11 +22,11 @@ The portraits' archives are taken as they come, but for two of Debian's packages
     python samples/paint.py unpacked/usr/share/gcompris-qt/rcc/details.rcc *.whl *.tar.gz *.tar
 """
 
+import argparse
 import bz2
 import io
 import os
 import struct
-import sys
 import tarfile
 import zipfile
 
@@ -551,7 +551,9 @@ def portraits(given):
 
 
 if __name__ == '__main__':
-    given = {os.path.basename(path): path for path in sys.argv[1:]}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('files', nargs='*', help='named as above')
+    given = {os.path.basename(path): path for path in parser.parse_args().files}
     faces()
     village(given.get('paintings.rcc'))
     church(given.get('details.rcc'))

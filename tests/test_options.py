@@ -254,6 +254,22 @@ def test_help_needs_no_package_and_lists_every_option_in_its_group():
         assert re.findall(r'^  (--\S+)', section, re.MULTILINE) == [flag for flag, *_ in rows]
 
 
+SCRIPTS = [path for folder in ('samples', 'tests') for path in sorted((ROOT / folder).glob('*.py'))
+           if not path.name.startswith('test_') and re.search('argparse|guarded', path.read_text())]
+
+
+@pytest.mark.parametrize('path', mostly_slow(SCRIPTS, ROOT / 'samples/measure_memory.py', ROOT / 'tests/kill.py'),
+                         ids=lambda path: path.name)
+def test_help_of_each_script_comes_before_any_work(tmp_path, path):
+    (tmp_path / 'theano.py').write_text('raise ImportError("not for --help")')
+    done = subprocess.run([sys.executable, path, '--help'], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {'PYTHONPATH': str(tmp_path)})
+    missing = re.search("No module named '.+'", done.stderr)
+    if missing and path.read_text().startswith('# /// script'):         # with packages of its own
+        pytest.skip(missing[0])
+    assert (done.returncode, done.stderr) == (0, '') and done.stdout.startswith(f'usage: {path.name}')
+
+
 # ---- the terminal ----------------------------------------------------------------------------------------------------
 
 def on_a_terminal(folder, **environment):
