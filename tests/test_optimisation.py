@@ -501,13 +501,20 @@ def test_the_matches_of_the_line_search_s_start_are_put_back(doodle):
 
 
 @pytest.mark.slow
-def test_a_run_that_holds_matches_is_resumed_bit_for_bit(textured):
+def test_a_run_that_holds_matches_is_resumed_bit_for_bit(doodle, textured, monkeypatch):
+    """Also in a line search whose matches are held, which are those of an image from before: one more evaluation."""
+    asked, held = [], doodle.Minimiser.held
+    monkeypatch.setattr(doodle.Minimiser, 'held', lambda minimiser: asked.append(held(minimiser)) or asked[-1])
     whole = textured('--line-search=held')
-    assert whole.computed == 120
-    for stop in (84, 85, 86, 101):
-        textured('--line-search=held', stop=stop)
+    assert whole.computed == len(asked) == 120
+    within = [number for number, holds in enumerate(asked) if holds]    # of evaluations, counted from 0
+    assert within
+    for stop in (84, 101, within[0], within[-1]):
+        assert textured('--line-search=held', stop=stop).code == 143
         resumed = textured('--line-search=held', '--resume')
         assert resumed.log == whole.log and resumed.files == whole.files
+        if stop in within:
+            assert resumed.computed == 120 - stop + 1
 
 
 @pytest.mark.slow
