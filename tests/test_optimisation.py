@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 from scipy import optimize
 
-from conftest import NoNetwork, first_quick, minimised
+from conftest import ROOT, NoNetwork, first_quick, minimised
 from golden_data import FOLDER
 from test_twin import thin_weights
 
@@ -515,6 +517,19 @@ def test_a_run_that_holds_matches_is_resumed_bit_for_bit(doodle, textured, monke
         assert resumed.log == whole.log and resumed.files == whole.files
         if stop in within:
             assert resumed.computed == 120 - stop + 1
+
+
+@pytest.mark.slow
+def test_what_held_matches_gain_can_be_measured(tmp_path):
+    printed = subprocess.run(
+        [sys.executable, ROOT / 'samples/measure_search.py', f'--weights={ROOT / "vgg16.npz"}', '--runs=texture',
+         '--sizes=48', '--seeds=1', '--phases=1', '--iterations=30', '--pictures=both'],
+        cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    (fresh, spent, held, held_spent, gain, _), = [
+        map(float, row) for row in re.findall('^texture +48 +1 +25' + r' +([-+\d.]+)' * 6 + '$', printed, re.MULTILINE)]
+    assert min(fresh, spent, held, held_spent) > 0 and gain == pytest.approx(100 * (1 - held / fresh), abs=.02)
+    with Image.open(tmp_path / 'both/texture_48_1.png') as picture:
+        assert picture.size == (2 * 48, 48)
 
 
 @pytest.mark.slow
