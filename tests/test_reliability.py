@@ -42,14 +42,15 @@ def painted(doodle, tmp_path, monkeypatch, capsys, handlers):
 
     painted('--resume', ..., at={12: action}) acts instead of evaluation 12, counted from this start, and at={'phase':
     action} when a phase is prepared; after={12: action}
-    acts when the history is that after it, but nothing else is known. Returns code, out, err, `asked` (image), the
-    history before each evaluation (None where it is fresh), and the log. An argument replaces the `given` one.
+    acts when the history is that after it, but nothing else is known. With pull=0 the loss is 0 everywhere. Returns
+    code, out, err, `asked` (image), the history before each evaluation (None where it is fresh), and the log. An
+    argument replaces the `given` one.
     """
     monkeypatch.chdir(tmp_path)
     for path in FOLDER.glob('face*.png'):
         shutil.copy(path, tmp_path)
 
-    def painted(*arguments, given=FACES, at={}, after={}):
+    def painted(*arguments, given=FACES, at={}, after={}, pull=1):
         seen = SimpleNamespace(asked=[], history=[], phase=None)
 
         class Objective(NoNetwork):
@@ -64,7 +65,7 @@ def painted(doodle, tmp_path, monkeypatch, capsys, handlers):
                 seen.asked.append(x.copy())
                 seen.history.append(None if self.fresh else self.history[0])
                 difference = x - 200 * np.cos(np.arange(x.size)).reshape(x.shape)
-                slope = 1 + np.arange(x.size).reshape(x.shape) % 7
+                slope = pull * (1 + np.arange(x.size).reshape(x.shape) % 7)
                 total = at[number]() if number in at else (slope * difference ** 2).sum()
                 self.history = self.history + 1
                 after.get(number, int)()
@@ -129,6 +130,23 @@ def test_a_run_stopped_again_and_again_has_every_evaluation_once(painted, error)
         with contextlib.suppress(Killed):
             painted('--resume', '--random-seed=3', at={7: stop(error(signal.SIGTERM))})
     assert painted('--resume', '--random-seed=3').log[1:] == whole
+
+
+@pytest.mark.parametrize('last, error, kept', [
+    (2, Killed, 2),                                                     # the checkpoint is of before the skip
+    (2, KeyboardInterrupt, 19),                                         # of after it
+    (3, Killed, 20), (5, Killed, 22)])                                  # and in the next phase, before its own skip
+def test_a_run_whose_log_has_a_skip_goes_on_as_if_it_had_not_been_stopped(painted, last, error, kept):
+    """Each phase has converged after two evaluations, and makes its last."""
+    run = '--random-seed=3', '--save-every=1'
+    whole = painted(*run, pull=0)
+    assert [entry.get('skipped') for entry in whole.log[1:]] == 2 * [None, None, 17, None] and len(whole.asked) == 6
+    with contextlib.suppress(Killed):
+        painted(*run, pull=0, at={last: stop(error(signal.SIGTERM))})
+    assert 'skipped' in Path('log').read_text()
+    again = painted(*run, '--resume', pull=0)
+    assert f'after {kept} evaluations' in again.out and len(again.asked) == 6 - last
+    assert again.log[1:] == whole.log[1:]
 
 
 @pytest.mark.parametrize('number', mostly_slow([0, 13, 20, 30], 13))
