@@ -109,10 +109,14 @@ def test_time_is_the_most_where_phases_may_converge(planned):
     (['--iterations=1'], False), (['--iterations=1000', '--matching=near'], False),
     (['--iterations=1000', '--variety=1'], False), (['--iterations=1000', '--method=gatys'], False),
     (['--iterations=1000', '--phases=1'], False)])
-def test_nothing_is_refused_for_its_time_but_a_long_exact_search_is_told(planned, arguments, told):
-    *_, last = planned((2048, 2048), (2048, 2048), *arguments)
-    found = re.fullmatch(r'With exact matching this takes about ([\d.]+) hours on this CPU, with --matching=near about '
-                         r'([\d.]+) hours\.', last)
+def test_nothing_is_refused_for_its_time_but_a_long_exact_search_is_told(doodle, planned, monkeypatch, capsys, tmp_path,
+                                                                         handlers, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doodle, 'memory_limit', lambda: np.inf)
+    doodle.Image.new('RGB', (2048, 2048)).save('a.bmp')
+    assert doodle.main(['--style=a.bmp', '--content=a.bmp', '--check', *arguments]) == 0
+    found = re.fullmatch(r'  - With exact matching this takes about ([\d.]+) hours on this CPU, with --matching=near '
+                         r'about ([\d.]+) hours\.', capsys.readouterr().out.splitlines()[-1])
     assert bool(found) is told
     if told:
         exact, near = map(float, found.groups())
