@@ -72,14 +72,14 @@ def test_losses(losses, image, style, C, seed):
     rng = np.random.default_rng(seed)
     f, other, g, x = (normal(rng, *shape) * 50 for shape in ((*image, C), (*image, C), (*style, C), (3, *image)))
     matches = rng.integers(0, (style[0] - 2) * (style[1] - 2), (image[0] - 2) * (image[1] - 2))
-    matched, smooth = twin.patches(channels_first(g))[matches], twin.smoothness_loss(np.float64(x), 1.)
-    for (value, gradient), (expected, slope) in (
-            (losses['content'](f, other), twin.content_loss(channels_first(f), channels_first(other), 1.)),
-            (losses['style'](f, g, matches), twin.style_loss(channels_first(f), matched, 1.)),
-            (losses['smooth'](x), smooth)):
+    matched = twin.patches(channels_first(g))[matches]
+    for (value, gradient), (expected, slope), as_the_twin in (
+            (losses['content'](f, other), twin.content_loss(channels_first(f), channels_first(other), 1.),
+             channels_first),
+            (losses['style'](f, g, matches), twin.style_loss(channels_first(f), matched, 1.), channels_first),
+            (losses['smooth'](x), twin.smoothness_loss(np.float64(x), 1.), np.asarray)):    # an image has them first
         assert value == pytest.approx(expected, rel=1e-4)
-        gradient = gradient if expected == smooth[0] else channels_first(gradient)
-        np.testing.assert_allclose(gradient, slope, atol=2e-4 * np.abs(slope).max())
+        np.testing.assert_allclose(as_the_twin(gradient), slope, atol=2e-4 * np.abs(slope).max())
 
 
 # ---- convolution -----------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ PAINTS = np.array([(255, 0, 0), (0, 0, 0), (0, 255, 0), (90, 90, 90)], np.uint8)
 
 @pytest.fixture(scope='module')
 def objectives(doodle):
-    """The engine's objective and that of the plain formulas, with layers 2_1 and 2_2, and the weights for the twin."""
+    """Options, the engine's objective and that of the plain formulas, style at 1_2 and 2_1, and the twin's weights."""
     options = doodle.parse_options(['--style=a', '--style-layers=1_2,2_1', '--content-layers=2_2', '--variety=0.2'])
     weights, _ = doodle.read_weights(str(ROOT / 'vgg16.npz'))
     return options, [doodle.Objective(weights, options, True, True, fast) for fast in (True, False)], {
