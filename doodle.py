@@ -2622,13 +2622,13 @@ def never_wait():
 
 def winograd(W):
     """Filters (K, C, 3, 3) for `Convolution`: G W G^T of [LG15], 36 matrices C x K in panels of 64 columns."""
-    G = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
+    G = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24  # (6, 3)
     panels = []
     for k in range(0, len(W), 64):                                      # a few at a time, for float64 takes memory
-        part = W[k:k + 64].transpose(2, 3, 1, 0)                        # (3, 3, C, K)
-        U = (np.kron(G, G) @ part.reshape(9, -1)).reshape(36, *part.shape[2:])              # G W G^T, 36 at a time
-        panels.append(np.float32(np.pad(U, [(0, 0), (0, 0), (0, -U.shape[2] % 16)])).reshape(36, -1))
-    return np.concatenate(panels, axis=1)
+        part = W[k:k + 64].transpose(2, 3, 1, 0)                        # (3, 3, C, k), k up to 64
+        U = (np.kron(G, G) @ part.reshape(9, -1)).reshape(36, *part.shape[2:])              # G W G^T, (36, C, k)
+        panels.append(np.float32(np.pad(U, [(0, 0), (0, 0), (0, -U.shape[2] % 16)])).reshape(36, -1))  # (36, C k)
+    return np.concatenate(panels, axis=1)                               # (36, C K), K rounded up to 16s
 
 
 class CompiledOp:
@@ -2977,7 +2977,7 @@ def fast_convolution(W, b, pool):
     pool : bool
         Average over 2x2 pixels before.
     """
-    turned = W[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)
+    turned = W[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)                  # (C, K, 3, 3)
     constants = [theano.shared(np.float32(array)) for array in (winograd(W), b, winograd(turned))]
     return lambda x, *_, **__: Convolution(pool)(x.dimshuffle(2, 3, 1), *constants).dimshuffle('x', 2, 0, 1)
 
