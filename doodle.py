@@ -2151,15 +2151,16 @@ def allow_files():
 def return_freed_memory(pixels=0):
     """Have glibc return free memory to the system, and from now on blocks from 4 MB on at once.
 
-    In a phase of so many pixels it keeps instead all blocks that are smaller than the features of conv3.
-    Evaluations one after the other need the same blocks, and fresh pages for each would take a quarter of their time.
-    But large blocks, and what works in between on arrays of other sizes, would leave gaps between those that are kept.
+    In a phase of so many pixels it keeps instead what is freed: evaluations one after the other need the same blocks,
+    and fresh pages for each would take a quarter of their time. Below a megapixel it keeps only what is smaller than
+    the features of conv3, since larger blocks, and what works in between on arrays of other sizes, would leave gaps.
     """
+    most = 40 * pixels if pixels < 1 << 20 else (1 << 31) - 1           # conv3 has 64 bytes a pixel
     with contextlib.suppress(OSError, AttributeError):                  # another C library
         libc = ctypes.CDLL('libc.so.6')
         libc.malloc_trim(0)
-        libc.mallopt(-3, max(40 * pixels, 4 << 20))                     # M_MMAP_THRESHOLD; conv3 has 64 bytes a pixel
-        libc.mallopt(-1, 2 ** 31 - 1 if pixels else 128 << 10)          # M_TRIM_THRESHOLD
+        libc.mallopt(-3, max(most, 4 << 20))                            # M_MMAP_THRESHOLD
+        libc.mallopt(-1, -1 if pixels else 128 << 10)                   # M_TRIM_THRESHOLD, or none
 
 
 def keep_compiled_code():
