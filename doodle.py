@@ -4234,7 +4234,8 @@ def check_files(options, places):
     check_written(options, places, read)
 
 
-IN_FRAMES = r'\d{4,}\.png|command\.txt|run-\d+|watch\.(html|js)'       # names in the folder of --frames
+FRAME, PAGE = r'\d{4,}\.png', r'watch\.(html|js)'                      # names in the folder of --frames
+IN_FRAMES = rf'{FRAME}|command\.txt|run-\d+|{PAGE}'
 
 
 def check_written(options, places, read):
@@ -4514,7 +4515,7 @@ def claim_frames(folder):
         if place != folder and os.path.islink(place):                   # another user may have laid it there
             continue
         os.makedirs(place, exist_ok=True)
-        if not any(re.fullmatch(r'\d{4,}\.png|watch\.(html|js)', name) for name in os.listdir(place)):
+        if not any(re.fullmatch(f'{FRAME}|{PAGE}', name) for name in os.listdir(place)):
             command = os.path.join(place, 'command.txt')
             with contextlib.suppress(FileExistsError), open(command, 'x', errors='surrogateescape') as file:
                 file.write(' '.join(sys.argv) + '\n')
@@ -4986,8 +4987,8 @@ class Journal:
 def frame_names(at):
     """Names of a run's frames so far, in order."""
     found = os.listdir(at.frames) if os.path.isdir(at.frames or '') else []
-    numbers = sorted(int(name[:-4]) for name in found if re.fullmatch(r'\d{4,}\.png', name, re.ASCII))
-    return [f'{number:04d}.png' for number in numbers if number < at.number]
+    numbers = {name: int(name[:-4]) for name in found if re.fullmatch(FRAME, name, re.ASCII)}
+    return sorted((name for name, number in numbers.items() if number < at.number), key=numbers.get)
 
 
 class Page:
