@@ -117,6 +117,15 @@ def card(tmp_path_factory, pytestconfig):
 
 
 @pytest.fixture
+def black(doodle):
+    """The inputs of a run with a black content and style picture of `side` x `side` pixels."""
+    def black(side):
+        picture = np.zeros((side, side, 3), np.uint8)
+        return doodle.Inputs(picture, None, picture, None, None, (side, side), None, None)
+    return black
+
+
+@pytest.fixture
 def threads():
     """Sets the number of the engine's threads, which after the test is what it was before."""
     library = ctypes.CDLL('libgomp.so.1')

@@ -60,14 +60,12 @@ def test_names_of_files_are_data_in_the_page(drawn):
     assert not re.search(r'https?:|//[a-z]', text.replace('// called', '').replace('// ----', ''))     # no network
 
 
-def test_time_left_counts_later_phases_by_their_costs(doodle, tmp_path, monkeypatch):
+def test_time_left_counts_later_phases_by_their_costs(doodle, tmp_path, monkeypatch, black):
     clock = [100.]
     monkeypatch.setattr(doodle.time, 'time', lambda: clock[0])
-    picture = np.zeros((64, 64, 3), np.uint8)
-    inputs = doodle.Inputs(picture, None, picture, None, None, (64, 64), None, None)
     options = doodle.parse_options(['--style=a', '--content=b', '--phases=2', '--iterations=50', '--style-weight=0',
                                     '--style-layers=4_1'])
-    page, at = doodle.Page(options, inputs), doodle.Checkpoint({}, number=0, evaluation=10, frames=str(tmp_path))
+    page, at = doodle.Page(options, black(64)), doodle.Checkpoint({}, number=0, evaluation=10, frames=str(tmp_path))
     page.begin(at)
     clock[0], at.number = 120., 10
     page.show(at, [], 'running')
@@ -81,10 +79,8 @@ def test_time_left_counts_later_phases_by_their_costs(doodle, tmp_path, monkeypa
     assert shown(tmp_path)['number'] == 11
 
 
-def test_the_page_has_at_most_a_thousand_points(doodle, tmp_path):
-    picture = np.zeros((64, 64, 3), np.uint8)
-    inputs = doodle.Inputs(picture, None, picture, None, None, (64, 64), None, None)
-    page = doodle.Page(doodle.parse_options(['--style=a', '--content=b']), inputs)
+def test_the_page_has_at_most_a_thousand_points(doodle, tmp_path, black):
+    page = doodle.Page(doodle.parse_options(['--style=a', '--content=b']), black(64))
     at = doodle.Checkpoint({}, number=4000, frames=str(tmp_path), losses=[(k, 1., 1.) for k in range(4000)])
     page.begin(at)
     page.show(at, ['total', 'smoothness'], 'running')
@@ -93,15 +89,13 @@ def test_the_page_has_at_most_a_thousand_points(doodle, tmp_path):
     assert before.startswith('data:image/jpeg;base64,')
 
 
-def test_frames_so_far_are_known_whatever_was_between_them(doodle, tmp_path):
+def test_frames_so_far_are_known_whatever_was_between_them(doodle, tmp_path, black):
     """A resumed run may have another --save-every; what a killed one made later is not of it."""
     for name in '0000.png', '0010.png', '0012.png', '9999.png', '10000.png', '10010.png', 'a.png', '٠٠٠٣.png':
         (tmp_path / name).touch()
     at = doodle.Checkpoint({}, number=10010, frames=str(tmp_path))
     assert doodle.frame_names(at) == ['0000.png', '0010.png', '0012.png', '9999.png', '10000.png']
-    picture = np.zeros((64, 64, 3), np.uint8)
-    page = doodle.Page(doodle.parse_options(['--style=a', '--save-every=7']),
-                       doodle.Inputs(None, None, picture, None, None, (64, 64), None, None))
+    page = doodle.Page(doodle.parse_options(['--style=a', '--content=b', '--save-every=7']), black(64))
     page.begin(at)
     page.show(at, [], 'running')
     assert shown(tmp_path)['frame'] == '10000.png'

@@ -69,9 +69,8 @@ def test_time_is_the_sum_of_the_phases(doodle, planned, monkeypatch):
     assert 10 * sum(seconds) - 30 < 60 * minutes < 11 * sum(seconds) + 37                   # minutes are rounded
 
 
-def test_what_is_left_to_do_has_the_preparation_of_each_phase_to_come(doodle, planned):
-    picture = np.zeros((1024, 1024, 3), np.uint8)
-    inputs = doodle.Inputs(picture, None, picture, None, None, (1024, 1024), None, None)
+def test_what_is_left_to_do_has_the_preparation_of_each_phase_to_come(doodle, planned, black):
+    inputs = black(1024)
     options = doodle.parse_options(['--style=-', '--content=-', '--phases=3', '--iterations=10'])
     _, (middle, _), (last, each) = doodle.efforts(inputs, options)
     for at, lines, effort in ((dict(phase=2, evaluation=10, number=30), 0, last),
@@ -81,9 +80,8 @@ def test_what_is_left_to_do_has_the_preparation_of_each_phase_to_come(doodle, pl
         assert total.startswith(f'On this CPU at most about {doodle.in_words(7 + effort / 1e9)} and ')
 
 
-def test_what_one_core_does_counts_as_often_as_there_are_threads(doodle, monkeypatch):
-    picture = np.zeros((64, 64, 3), np.uint8)
-    inputs = doodle.Inputs(picture, None, picture, None, None, (64, 64), None, None)
+def test_what_one_core_does_counts_as_often_as_there_are_threads(doodle, monkeypatch, black):
+    inputs = black(64)
     options = doodle.parse_options(['--style=-', '--content=-'])
     monkeypatch.setenv('OMP_NUM_THREADS', '2')
     two = doodle.efforts(inputs, options)
